@@ -1,0 +1,57 @@
+"""Ranks on this machine: `moue train` outside of torchrun, Slurm and MPI comes here to become N processes."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import uuid
+from collections.abc import Sequence
+
+from moue_dist.launchers.env import share_cores
+
+
+def launch(config_path: str, argv: Sequence[str], nproc: int) -> int:
+    """Runs `python -m moue_dist train CONFIG ARGV...` in `nproc` ranks through torchrun and waits for them.
+
+    Returns the exit code: 0, or the first failed rank's (128 + n for signal n, as a shell has it). Ctrl-C and a
+    termination signal are passed on. When one rank fails the others are ended; none outlives this process.
+    """
+    return launch_module("moue_dist", ["train", config_path, *argv], nproc)
+
+
+def launch_module(module: str, argv: Sequence[str], nproc: int) -> int:
+    """`launch` for any module: `python -m MODULE ARGV...` in `nproc` ranks."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    share_cores(nproc)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        local_addr="localhost",
+    )
+    command = [sys.executable, "-u", "-m", module, *argv]
+    if setpriv := shutil.which("setpriv"):  # Linux ends the ranks even if this process is killed outright
+        command = [setpriv, "--pdeathsig", "KILL", "--", *command]
+    logging.disable(logging.ERROR)  # a failed rank has said why; no table of all ranks, no warnings on Ctrl-C
+    try:
+        elastic_launch(settings, command[0])(*command[1:])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        if nproc > 1 and failure.exitcode != 2:  # 2: a refused configuration, already explained
+            print(f"rank {rank} of {nproc} ended with exit code {code}; the others were stopped", file=sys.stderr)
+        return code
+    except SignalException as error:
+        return 128 + error.sigval.value
+    finally:
+        logging.disable(logging.NOTSET)
+    return 0

@@ -1,0 +1,157 @@
+"""Builds one rank's part of a run: groups, pool, chunks, optimizers, initial weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import nn
+
+from moue_dist.config import Config
+from moue_dist.model.balance import BalanceState
+from moue_dist.model.context import MoEContext
+from moue_dist.model.init import expert_stds, initialise_dense, initialise_shared_router
+from moue_dist.model.moe import MoELayer
+from moue_dist.model.router import SharedRouter
+from moue_dist.parallel import cpu_host, megatron
+from moue_dist.parallel.dispatch import AllToAllDispatcher
+from moue_dist.parallel.groups import Groups, build_groups
+from moue_dist.parallel.mesh import Coord, Mesh, build_mesh, stage_layout
+from moue_dist.parallel.placement import Placement, replicate
+from moue_dist.parallel.pool import ExpertPool
+from moue_dist.parallel.pool_sync import SharedOptimizer, SyncedBuffer, check_replicas, common_pieces
+
+
+@dataclass(frozen=True)
+class System:
+    """Everything that a training step touches on this rank."""
+
+    config: Config
+    mesh: Mesh
+    coord: Coord
+    rank: int
+    layout: tuple[tuple[int, ...], ...]
+    groups: Groups
+    dense: megatron.DenseSide
+    context: MoEContext
+    shared: SharedOptimizer  # of the pool and of the routers' shared weights
+    device: torch.device
+
+    @property
+    def my_stages(self) -> tuple[int, ...]:
+        """Virtual stages of this rank, one a chunk."""
+        return tuple(v * self.mesh.pipeline + self.coord.pp for v in range(self.mesh.virtual))
+
+    @property
+    def microbatches(self) -> int:
+        return self.config.train.global_batch_size // (self.config.train.micro_batch_size * self.mesh.data)
+
+    @property
+    def last_stage(self) -> bool:
+        return self.coord.pp == self.mesh.pipeline - 1
+
+    def chunk_modules(self) -> list[nn.Module]:
+        return [chunk.module for chunk in self.dense.chunks]
+
+
+def place(config: Config, mesh: Mesh, layout: tuple[tuple[int, ...], ...]) -> Placement:
+    """Where the experts of this run live."""
+    topology = config.topology()
+    stage_of = {layer: s % mesh.pipeline for s, layers in enumerate(layout) for layer in layers}
+    stages = [stage_of[layer] for layer in range(config.model.dense_layers, config.model.layers)]
+    return replicate(topology.windows, stages, config.moe.pool, mesh.expert)
+
+
+def experts_backend(config: Config) -> str:
+    """The expert GEMMs of `moe.experts`; auto: te for FP8, PyTorch's grouped ones in bf16 on a GPU, else the loop."""
+    if config.moe.experts != "auto":
+        return config.moe.experts
+    if config.train.precision == "fp8":
+        return "te"
+    return "torch" if cpu_host.has_cuda() and config.train.precision == "bf16" else "loop"
+
+
+def build_system(config: Config, rank: int, world: int, *, fp8_recipe: str | None = None, fused: bool = False) -> System:
+    """Collective: every rank builds its part. torch.distributed is initialised, megatron-core not yet.
+
+    `fused` means Transformer Engine's layers, `fp8_recipe` megatron-core's name of the recipe, None for none.
+    """
+    mesh = build_mesh(world, config.parallel)
+    coord = mesh.coords(rank)
+    device = cpu_host.device()
+    timeout = timedelta(seconds=config.train.timeout_seconds)
+    megatron.initialise(mesh, config.train.seed, config.train.timeout_seconds / 60)
+    layout = stage_layout(config.model.layers, mesh.pipeline, mesh.virtual, config.parallel.stage_layers)
+    topology, placement = config.topology(), place(config, mesh, layout)
+    groups = build_groups(mesh, rank, placement.stage_sets(), timeout)
+
+    tconfig = megatron.transformer_config(config, mesh, fp8_recipe=fp8_recipe, fused=fused)
+    pool = ExpertPool(
+        placement,
+        mesh,
+        rank,
+        groups,
+        hidden=config.model.hidden_size,
+        width=config.moe.expert_width,
+        dtype=tconfig.params_dtype,
+        device=device,
+    )
+    pool.initialise(config.train.seed, *expert_stds(config))
+    shared_router = SharedRouter(config.moe, device)
+    initialise_shared_router(config, shared_router)
+    context = MoEContext(
+        config=config,
+        topology=topology,
+        pool=pool,
+        dispatcher=AllToAllDispatcher(megatron.expert_group()),
+        shared_router=shared_router,
+        balance=BalanceState.initial(topology, device),
+        experts_backend=experts_backend(config),
+        token_shards=mesh.tensor,
+        device=device,
+    )
+
+    chunks = megatron.build_chunks(config, tconfig, mesh, layout, coord.pp, MoELayer)
+    for v, chunk in enumerate(chunks):
+        layers = layout[v * mesh.pipeline + coord.pp]
+        assert [layer.layer_number - 1 for layer in chunk.decoder.layers] == list(layers)
+        for layer in chunk.decoder.layers:
+            if isinstance(layer.mlp, MoELayer):
+                layer.mlp.bind(context)
+        initialise_dense(config, chunk, layers, coord.tp, mesh.tensor)
+    dense = megatron.wrap(config, tconfig, chunks)
+
+    buffers = [pool.buffer]
+    if (router_buffer := _flatten(shared_router, groups, mesh, device)) is not None:
+        buffers.append(router_buffer)
+    o = config.optim
+    shared = SharedOptimizer(buffers, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
+    check_replicas(buffers)
+    return System(config, mesh, coord, rank, layout, groups, dense, context, shared, device)
+
+
+def _flatten(shared: SharedRouter, groups: Groups, mesh: Mesh, device: torch.device) -> SyncedBuffer | None:
+    """Move the shared router's weights into one synced row; its parameters and their gradients become views."""
+    parameters = list(shared.parameters())
+    total = sum(p.numel() for p in parameters)
+    if not total:
+        return None
+    buffer = SyncedBuffer(
+        "shared_router",
+        (0,),
+        1,
+        total,
+        [(0, 1, groups.everyone)],
+        pieces=common_pieces([(1, mesh.world)], total),
+        dtype=torch.float32,
+        device=device,
+        grad_scale=1.0 / mesh.data,
+    )
+    at = 0
+    for p in parameters:
+        weight, grad = (t[0, at : at + p.numel()].view_as(p) for t in (buffer.weight, buffer.grad))
+        weight.copy_(p.detach())
+        p.data, p.grad = weight, grad  # autograd adds into an existing gradient in place
+        at += p.numel()
+    return buffer

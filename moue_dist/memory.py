@@ -1,0 +1,200 @@
+"""Bytes on one GPU, from the configuration alone: what `plan` predicts and a run's measured peak is held against.
+
+Legend: t tokens of a microbatch on one rank (sequence x micro batch), u = t / TP (sequence parallel part), d hidden,
+h heads, g key-value heads, c head width, k top-k, R = u * k rows at a rank's experts (assuming balance), f expert
+width, W window, r state, n visible experts on a rank, V vocabulary, b bytes of a number (2 in bf16 and FP8, 4 in fp32),
+q bytes that a Transformer Engine linear keeps of an input number (1 in FP8, else b).
+
+Kept for backward by one layer and microbatch:
+
+    attention   u d (b + q)              block input, normed input of the QKV projection
+                t (h+g) c b / TP         q and k before their norms (qk_norm only)
+                t (h+2g) c b / TP        q and k after RoPE, v
+                t h c b / TP  (+ q - b)  attention output; FP8 keeps its own copy for the output projection
+                4 t h / TP               log-sum-exp; without Transformer Engine 2 h t s b / TP scores instead
+    MoE         u d b                    input of the norm before the router
+                4 u d                    fp32 copy of the router's input (bf16, FP8)
+                4 u W c_r                c_r fp32 score tables, by router; universal and recurrent: states, chosen keys
+                R d q                    rows as the experts received them
+                R 2f b                   pre-activations (not with recompute=selective)
+                R f q                    activations (only moe.experts=te; the others compute them again)
+                R d b                    the experts' outputs, for the gradient of the routing weights
+                60 R                     indices and routing weights
+                2 n 3 d f                FP8 copies of the visible experts' weights, both layouts (FP8 only)
+    shared      u d q + t/TP 3 e b       input, pre-activation and activation of the shared expert
+    dense FFN   u d (b + q) + t 3 F b/TP likewise
+With recompute=full a layer keeps its input u d b and state 4 u r, and its own backward has the rest once.
+
+In flight: 1F1B keeps min(M, PP - p) microbatches on stage p; interleaved keeps 2 (PP - p - 1) + (V - 1) PP + 1 chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moue_dist.config import Config
+from moue_dist.flops import LayerParameters, dense_ffn_width, shared_router_parameters
+from moue_dist.parallel.mesh import Mesh
+from moue_dist.parallel.placement import Placement
+from moue_dist.validate import Resolved
+
+GIB = 2**30
+RESERVE = 3 * GIB  # CUDA context, NCCL buffers, fragmentation: outside of what the allocator counts as allocated
+LIBRARIES = 2**27  # GEMM workspaces that the allocator does count
+INDEX_BYTES = 60  # of one row: six int64 permutations and three fp32 weights
+SCORE_TABLES = {"softmax": 1, "sigmoid": 3, "norm": 4, "universal": 1, "recurrent": 1}  # fp32 [u, W] kept by a router
+LOGIT_BYTES = {2: 6, 4: 8}  # of one logit at the loss: fp32 softmax and the logits, or their gradient, in model type
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of the work: its pipeline stage, the layers of its chunks (0-based), its expert rank."""
+
+    stage: int
+    chunks: tuple[tuple[int, ...], ...]
+    expert_rank: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(layer for chunk in self.chunks for layer in chunk)
+
+
+def rank_bytes(
+    config: Config, mesh: Mesh, placement: Placement, share: Share, microbatches: int, resolved: Resolved
+) -> dict[str, int]:
+    """Bytes by component at the peak of a training step on one rank; their sum predicts max_memory_allocated."""
+    weights = _weights(config, mesh, placement, share)
+    layers = {layer: _layer_activations(config, mesh, layer, share, resolved) for layer in share.layers}
+    kept = _kept(config, mesh, layers)
+    flight = chunks_in_flight(mesh, share.stage, microbatches)
+    activations = sum(kept[layer] for chunk in flight for layer in share.chunks[chunk])
+    last = share.stage == mesh.pipeline - 1
+    tokens = _tokens(config)
+    logits = tokens * config.model.vocab_size * LOGIT_BYTES[_bytes(config)] // mesh.tensor if last else 0
+    workspace = max((_workspace(config, mesh, layer, share, resolved) for layer in share.layers), default=0)
+    if config.parallel.recompute == "full":
+        workspace += max(layers.values(), default=0)
+    return {
+        **weights,
+        "activations": activations,
+        "logits and loss": max(logits - workspace, 0),  # the two never stand at the same time: the larger counts
+        "dispatch and backward buffers": workspace,
+        "libraries": LIBRARIES,
+    }
+
+
+def chunks_in_flight(mesh: Mesh, stage: int, microbatches: int) -> tuple[int, ...]:
+    """The chunk of each forward whose activations a stage keeps at its fullest, in the schedule's order.
+
+    Example: pipeline 2, virtual 2, stage 0, 4 microbatches -> chunks (0, 0, 1, 1, 0).
+    """
+    if mesh.virtual == 1:
+        return (0,) * min(microbatches, mesh.pipeline - stage)
+    many = 2 * (mesh.pipeline - stage - 1) + (mesh.virtual - 1) * mesh.pipeline + 1
+    many = min(many, microbatches * mesh.virtual)
+    return tuple(i // mesh.pipeline % mesh.virtual for i in range(many))
+
+
+def dense_parameters(config: Config, mesh: Mesh, share: Share) -> int:
+    """Parameters of one rank outside of the pool and of what all layers' routers share."""
+    m, tp = config.model, mesh.tensor
+    layer = LayerParameters.of(config)
+    norms_qk = 2 * (m.hidden_size // m.heads) if m.qk_norm else 0
+    total = 0
+    for index in share.layers:
+        total += (layer.attention - norms_qk) // tp + norms_qk + layer.norms
+        dense = index < m.dense_layers
+        total += layer.dense_ffn // tp if dense else layer.shared_expert // tp + layer.router
+    table = m.vocab_size * m.hidden_size // tp
+    first, last = share.stage == 0, share.stage == mesh.pipeline - 1
+    total += table * first + (table + m.hidden_size) * last
+    if m.tied_head and first and last:
+        total -= table
+    return total
+
+
+def _bytes(config: Config) -> int:
+    return 4 if config.train.precision == "fp32" else 2
+
+
+def _tokens(config: Config) -> int:
+    return config.model.sequence_length * config.train.micro_batch_size
+
+
+def _weights(config: Config, mesh: Mesh, placement: Placement, share: Share) -> dict[str, int]:
+    b = _bytes(config)
+    optimizer = 8 if b == 4 else 12  # two fp32 moments, and an fp32 master copy unless the weight is fp32 itself
+    dense = dense_parameters(config, mesh, share)
+    router = shared_router_parameters(config)
+    row = LayerParameters.of(config).expert
+    segments = placement.segments(share.stage, share.expert_rank)
+    held = sum(s.stop - s.start for s in segments) * row
+    owned = sum((s.stop - s.start) * row / (mesh.expert_data * len(s.stages)) for s in segments)
+    sharded = mesh.data if config.parallel.distributed_optimizer else 1
+    fp8_copies = 2 * dense if config.train.precision == "fp8" else 0
+    return {
+        "dense weights": dense * b + fp8_copies,
+        "dense gradients": dense * 4,
+        "dense optimizer": dense * optimizer // sharded,
+        "pool weights": held * b,
+        "pool gradients": held * 4,
+        "pool optimizer": int(owned * optimizer),
+        "shared router": router * 8 + router * 8 // mesh.world,  # always fp32
+    }
+
+
+def _layer_activations(config: Config, mesh: Mesh, layer: int, share: Share, resolved: Resolved) -> int:
+    """Bytes kept by one layer for one microbatch without full recompute; the formula stands at the top."""
+    m, e, tp = config.model, config.moe, mesh.tensor
+    b = _bytes(config)
+    q = 1 if config.train.precision == "fp8" else b
+    t = _tokens(config)
+    u, d, c, g = t // tp, m.hidden_size, m.hidden_size // m.heads, m.kv_heads or m.heads
+    kept = u * d * (b + q)
+    kept += u * (m.heads + 2 * g) * c * b + u * m.heads * c * (b + (q if q < b else 0))
+    kept += u * (m.heads + g) * c * b if m.qk_norm else 0
+    kept += u * m.heads * (4 if resolved.transformer_engine else 2 * m.sequence_length * b)
+    if layer < m.dense_layers:
+        return kept + u * d * (b + q) + u * 3 * dense_ffn_width(config) * b
+    rows, f, r, window = u * e.top_k, e.expert_width, e.state_width, config.topology().window
+    kept += u * d * b + (4 * u * d if b == 2 else 0)
+    kept += 4 * u * window * (SCORE_TABLES[e.router] + (1 if config.balance.z_loss else 0))
+    kept += {"universal": 4 * u * r * (4 + e.top_k), "recurrent": 4 * u * r * 14}.get(e.router, 0)
+    kept += rows * (d * q + d * b + INDEX_BYTES)
+    kept += 0 if config.parallel.recompute == "selective" else rows * 2 * f * b
+    kept += rows * f * q if resolved.experts == "te" else 0
+    if config.train.precision == "fp8":
+        kept += 2 * _visible(config, mesh) * LayerParameters.of(config).expert
+    if e.shared_expert_width:
+        kept += u * d * q + u * 3 * e.shared_expert_width * b
+    return kept
+
+
+def _kept(config: Config, mesh: Mesh, layers: dict[int, int]) -> dict[int, int]:
+    if config.parallel.recompute != "full":
+        return layers
+    state = config.moe.state_width if config.moe.router in ("universal", "recurrent") else 0
+    own = _tokens(config) // mesh.tensor * (config.model.hidden_size * _bytes(config) + 4 * state)
+    return dict.fromkeys(layers, own)
+
+
+def _visible(config: Config, mesh: Mesh) -> int:
+    """Visible experts of one layer on one expert rank, rounded up."""
+    return -(-config.topology().window // mesh.expert)
+
+
+def _workspace(config: Config, mesh: Mesh, layer: int, share: Share, resolved: Resolved) -> int:
+    """Bytes that live only during one layer's backward.
+
+    MoE: the gradients of outputs (in the place of the freed outputs), activations, pre-activations and inputs of the
+    rows, and one weight gradient in model type before it is added to the fp32 buffer (moe.experts=torch).
+    """
+    e, b, u = config.moe, _bytes(config), _tokens(config) // mesh.tensor
+    d = config.model.hidden_size
+    if layer < config.model.dense_layers:
+        return u * (3 * dense_ffn_width(config) + d) * b
+    rows, f = u * e.top_k, e.expert_width
+    weight_gradient = 2 * f * d * b * (_visible(config, mesh) if resolved.experts == "torch" else 1)
+    recomputed = rows * 2 * f * b if config.parallel.recompute == "selective" else 0
+    exchanged = rows * d * b if mesh.expert > 1 else 0
+    return rows * 4 * f * b + max(rows * d * b, weight_gradient) + recomputed + exchanged

@@ -1,0 +1,118 @@
+"""What the MoE layers of one rank share during a step: pool, dispatcher, shared router, balance, tallies.
+
+Passed to the layers once, when the model is built; the training step reads and resets it. Legend: L MoE layers over
+all stages, P pool experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moue_dist.config import Config
+from moue_dist.model.balance import BalanceState, balance_weights
+from moue_dist.model.router import Routing, SharedRouter
+from moue_dist.model.topology import Topology
+from moue_dist.parallel.dispatch import AllToAllDispatcher
+from moue_dist.parallel.pool import ExpertPool
+
+
+@dataclass
+class Tallies:
+    """Sums over the microbatches of a step of this rank, to be added up over all ranks. fp64: counts stay exact.
+
+    Mean scores and z-losses are means over the tokens of a microbatch, so their sums are divided by the number of
+    microbatches of the global batch.
+    """
+
+    counts_lp: Tensor
+    scores_lp: Tensor
+    z_l: Tensor
+
+    @classmethod
+    def zeros(cls, layers: int, pool: int, device: torch.device) -> Tallies:
+        def make(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(make(layers, pool), make(layers, pool), make(layers))
+
+    def flat(self) -> Tensor:
+        return torch.cat([self.counts_lp.flatten(), self.scores_lp.flatten(), self.z_l])
+
+    @classmethod
+    def from_flat(cls, flat: Tensor, layers: int, pool: int) -> Tallies:
+        counts, scores, z = flat.split([layers * pool, layers * pool, layers])
+        return cls(counts.view(layers, pool), scores.view(layers, pool), z)
+
+    def reset(self) -> None:
+        for t in (self.counts_lp, self.scores_lp, self.z_l):
+            t.zero_()
+
+
+@dataclass
+class MoEContext:
+    """`loss_scale` is 1 / microbatches of a step; `token_shards` the tensor-parallel ranks that split a sequence."""
+
+    config: Config
+    topology: Topology
+    pool: ExpertPool
+    dispatcher: AllToAllDispatcher
+    shared_router: SharedRouter
+    balance: BalanceState
+    experts_backend: str
+    token_shards: int
+    device: torch.device
+    loss_scale: float = 1.0
+    tallies: Tallies = field(init=False)
+    weights_lp: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tallies = Tallies.zeros(self.topology.layers, self.topology.pool, self.device)
+        self.begin_step(1)
+
+    def begin_step(self, microbatches: int) -> None:
+        """Take the balance weights of the last global batch for the coming one and clear the tallies."""
+        self.loss_scale = 1.0 / microbatches
+        self.weights_lp = balance_weights(self.config.balance, self.topology, self.balance)
+        self.tallies.reset()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.balance.bias if self.config.balance.bias else None
+
+    def observe(self, layer: int, window: Tensor, routing: Routing) -> Tensor:
+        """Tally a routing and hang its auxiliary loss on the routing weights, which are returned.
+
+        Only where gradients are wanted: full recompute runs a layer twice, first without a graph, and evaluation
+        never counts. So every token is counted once.
+        """
+        if not torch.is_grad_enabled():
+            return routing.weights_tk
+        tokens = max(routing.scores_tw.shape[0] * self.token_shards, 1)
+        mean_score_w = routing.scores_tw.sum(0) / tokens
+        loss = (self.weights_lp[layer, window] * mean_score_w).sum()
+        z = routing.logits_tw.logsumexp(-1).square().sum() / tokens
+        if z_coefficient := self.config.balance.z_loss:
+            loss = loss + z_coefficient / self.topology.layers * z
+        with torch.no_grad():
+            ids = routing.ids_tk.flatten()
+            self.tallies.counts_lp[layer] += torch.bincount(ids, minlength=self.topology.pool)
+            self.tallies.scores_lp[layer].index_add_(0, window, mean_score_w.double())
+            self.tallies.z_l[layer] += z.double()
+        weights: Tensor = _AttachLoss.apply(routing.weights_tk, loss, self.loss_scale)
+        return weights
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Identity on x; the loss gets the gradient `scale` when x's gradient arrives, so no second backward is needed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, loss: Tensor, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.scale, ctx.like = scale, loss.detach()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad, torch.full_like(ctx.like, ctx.scale), None

@@ -1,0 +1,317 @@
+"""The one adapter to megatron-core 0.16: its globals, its configuration, its layers, its schedules.
+
+A newer megatron-core is this file's work. What it must do for a shared pool, and why, is in docs/architecture.md;
+the traps named in comments were all seen (section numbers of megatron-core files are 0.16.1's).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from moue_dist.config import Config
+from moue_dist.parallel import cpu_host, state_packing
+from moue_dist.parallel.mesh import Mesh
+
+STATEFUL_ROUTERS = ("universal", "recurrent")
+
+
+def initialise(mesh: Mesh, seed: int, timeout_minutes: float) -> None:
+    """megatron-core's process groups for this grid, and its RNG tracker. After torch.distributed is initialised."""
+    for noisy in ("megatron", "torch.distributed"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=mesh.tensor,
+        pipeline_model_parallel_size=mesh.pipeline,
+        virtual_pipeline_model_parallel_size=mesh.virtual if mesh.virtual > 1 else None,
+        expert_model_parallel_size=mesh.expert,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def shut_down() -> None:
+    """Forget the groups, so that another grid can be built in this process (tests)."""
+    parallel_state.destroy_model_parallel()
+
+
+def expert_group() -> Any:
+    """The all-to-all's group of this rank, or None for one owner."""
+    group = parallel_state.get_expert_model_parallel_group()
+    return group if group.size() > 1 else None
+
+
+def transformer_config(config: Config, mesh: Mesh, *, fp8_recipe: str | None, fused: bool) -> TransformerConfig:
+    """megatron-core's configuration of our model. `fused`: Transformer Engine is in use."""
+    m, p = config.model, config.parallel
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    options: dict[str, Any] = {}
+    if p.recompute == "full":
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif p.recompute == "selective":
+        options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if fp8_recipe:
+        options |= {"fp8": "hybrid", "fp8_recipe": fp8_recipe}
+    if fused:
+        options |= {"apply_rope_fusion": True, "bias_activation_fusion": True}
+        options |= {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}
+    if mesh.pipeline > 1:
+        options["pipeline_model_parallel_layout"] = _layout(config, mesh)
+    return TransformerConfig(
+        num_layers=m.layers,
+        hidden_size=m.hidden_size,
+        num_attention_heads=m.heads,
+        num_query_groups=m.kv_heads or m.heads,
+        ffn_hidden_size=m.ffn_hidden_size or 4 * m.hidden_size,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=m.norm_eps,
+        qk_layernorm=m.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        attention_softmax_in_fp32=True,
+        use_cpu_initialization=not cpu_host.has_cuda(),
+        perform_initialization=False,  # by name, in moue_dist.model.init, so that layouts start equal
+        tensor_model_parallel_size=mesh.tensor,
+        sequence_parallel=mesh.tensor > 1,
+        pipeline_model_parallel_size=mesh.pipeline,
+        virtual_pipeline_model_parallel_size=mesh.virtual if mesh.virtual > 1 else None,
+        batch_p2p_comm=cpu_host.has_cuda(),  # gloo has no batched sends
+        **options,
+    )
+
+
+def _layout(config: Config, mesh: Mesh) -> list[list[str]]:
+    """Layers of each virtual stage as megatron-core spells them: [["embedding", "decoder"], ..., ["decoder", "loss"]]."""
+    stages = mesh.pipeline * mesh.virtual
+    counts = config.parallel.stage_layers or (config.model.layers // stages,) * stages
+    layout = [["decoder"] * n for n in counts]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
+class LocalRMSNorm(nn.RMSNorm):
+    """RMSNorm where Transformer Engine is absent; megatron-core's own torch norm refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=cpu_host.device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class StatefulLayer(TransformerLayer):
+    """A transformer layer through which the trajectory state rides in the block's `context` slot.
+
+    The block drops `context` on return (transformer_block.py:803), so a stage's first layer unpacks the state from
+    what came in and its last layer packs it behind what goes out. Never kept on `self`: under recompute that would be
+    the copy without a graph.
+    """
+
+    unpack_input = False
+    pack_output = False
+    state_width = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        kwargs.pop("dynamic_inference_decode_only", None)
+        state, hidden = kwargs.pop("context", None), kwargs.pop("hidden_states")
+        if self.unpack_input:
+            hidden, state = state_packing.unpack(hidden, self.config.hidden_size)
+        elif state is None and self.state_width:
+            state = hidden.new_zeros(*hidden.shape[:2], self.state_width, dtype=torch.float32)
+        hidden, _ = self._forward_attention(hidden, *args, **kwargs)
+        residual = hidden
+        normed = self._forward_pre_mlp_layernorm(hidden)
+        if isinstance(self.mlp, MLP):
+            output = self.mlp(normed)
+        else:
+            output, state = self.mlp(normed, state_sbr=state)
+        hidden = self._forward_post_mlp(output, residual)
+        return (state_packing.pack(hidden, state) if self.pack_output else hidden), state
+
+
+def block_spec(
+    config: Config, layers: Sequence[int], moe_layer: type, *, fused: bool, device: torch.device
+) -> TransformerBlockSubmodules:
+    """The layers (0-based, global) of one chunk: dense ones with megatron-core's MLP, the others with `moe_layer`."""
+    specs = []
+    for layer in layers:
+        dense = layer < config.model.dense_layers
+        if fused:
+            spec = get_gpt_layer_with_transformer_engine_spec(
+                num_experts=None if dense else config.moe.pool, qk_layernorm=config.model.qk_norm
+            )
+        else:
+            spec = get_gpt_layer_local_spec(qk_layernorm=config.model.qk_norm, normalization="RMSNorm")
+            _use_local_norms(spec, config.model.qk_norm)
+        spec.module = StatefulLayer
+        if not dense:
+            params = {"run": config, "device": device, "shared_mlp": _plain_mlp(fused)}
+            spec.submodules.mlp = ModuleSpec(module=moe_layer, params=params)
+        specs.append(spec)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_te_norm() if fused else LocalRMSNorm)
+
+
+def _use_local_norms(spec: ModuleSpec, qk_norm: bool) -> None:
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LocalRMSNorm
+    if qk_norm:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
+
+
+def _te_norm() -> Any:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def _plain_mlp(fused: bool) -> ModuleSpec:
+    """A SwiGLU MLP whose first linear does not carry a norm: the shared expert's."""
+    if fused:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear as Column
+        from megatron.core.extensions.transformer_engine import TERowParallelLinear as Row
+    else:
+        from megatron.core.tensor_parallel import ColumnParallelLinear as Column
+        from megatron.core.tensor_parallel import RowParallelLinear as Row
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=Column, linear_fc2=Row))
+
+
+def build_chunks(
+    config: Config, tconfig: TransformerConfig, mesh: Mesh, layout: Sequence[Sequence[int]], pp: int, moe_layer: type
+) -> list[GPTModel]:
+    """This pipeline rank's GPTModels, one a virtual stage, on the device, weights uninitialised.
+
+    `layout` are the 0-based layers of every virtual stage; stage v * PP + pp is chunk v of this rank.
+    """
+    fused = tconfig.apply_rope_fusion
+    state_width = config.moe.state_width if config.moe.router in STATEFUL_ROUTERS else 0
+    chunks = []
+    for v in range(mesh.virtual):
+        stage = v * mesh.pipeline + pp
+        first, last = stage == 0, stage == len(layout) - 1
+        chunk = GPTModel(
+            tconfig,
+            block_spec(config, layout[stage], moe_layer, fused=fused, device=cpu_host.device()),
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.model.sequence_length,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=config.model.tied_head,
+            position_embedding_type="rope",
+            rotary_base=int(config.model.rope_base),
+            vp_stage=v if mesh.virtual > 1 else None,
+        )
+        for i, layer in enumerate(chunk.decoder.layers):
+            layer.state_width = state_width
+            layer.unpack_input = bool(state_width) and i == 0 and not first
+            layer.pack_output = bool(state_width) and i == len(layout[stage]) - 1 and not last
+        chunks.append(chunk.to(cpu_host.device()))
+    return chunks
+
+
+@dataclass(frozen=True)
+class DenseSide:
+    """megatron-core's half of a training step: wrapped chunks, their optimizer, their schedule."""
+
+    chunks: list[DistributedDataParallel]
+    optimizer: Any
+    config: TransformerConfig
+
+    def zero_grad(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def run_schedule(
+        self,
+        forward_step: Callable[..., Any],
+        iterators: list[Iterator[Any]],
+        *,
+        microbatches: int,
+        sequence_length: int,
+        micro_batch_size: int,
+        forward_only: bool = False,
+    ) -> list[Any]:
+        """Forward (and backward) of all microbatches; what the loss function returned, on the last stage."""
+        result: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=microbatches,
+            seq_length=sequence_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+        )
+        return result
+
+    def set_rates(self, lr: float, weight_decay: float) -> None:
+        """megatron-core leaves weight decay to its scheduler (optimizer_param_scheduler.py:294): do as it does."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+            group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def wrap(config: Config, tconfig: TransformerConfig, chunks: list[GPTModel]) -> DenseSide:
+    """DistributedDataParallel and optimizer around the chunks; gradients in fp32."""
+    state_width = config.moe.state_width if config.moe.router in STATEFUL_ROUTERS else 0
+    # Schedules take the shape of what stages exchange from the DDP's configuration (utils.py:604): a copy whose
+    # hidden size has room for the state makes every schedule carry it.
+    wide = copy.copy(tconfig)
+    wide.hidden_size += state_packing.lanes(state_width, tconfig.params_dtype) if state_width else 0
+    o, p = config.optim, config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=p.overlap_grad_reduce,
+        use_distributed_optimizer=p.distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    ddps = [DistributedDataParallel(wide, ddp_config, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.min_lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.eps,
+        clip_grad=o.clip_grad,
+        bf16=tconfig.bf16,
+        params_dtype=tconfig.params_dtype,
+        use_distributed_optimizer=p.distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(
+        options, ddps, config_overrides=get_standard_config_overrides(options), use_gloo_process_groups=False
+    )
+    wide.finalize_model_grads_func = finalize_model_grads
+    wide.grad_scale_func = None
+    if p.overlap_grad_reduce:
+        no_sync = [d.no_sync for d in ddps]
+        wide.no_sync_func = no_sync if len(ddps) > 1 else no_sync[0]
+    return DenseSide(ddps, optimizer, wide)

@@ -1,0 +1,85 @@
+"""Where the experts of the pool live: a pure function of windows, stages and degrees, printable before a run.
+
+An expert lives on one expert-parallel coordinate, `e % EP`, so that any window of consecutive ids spreads evenly, and
+there on one or more pipeline stages, its *holders*. Under `replicate` the holders of an expert are the stages whose
+layers see it: each holds a copy, and the copies are extra data-parallel replicas whose gradients are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of rows `[start, stop)` of one cell whose experts have the same holders.
+
+    All holders have the same rows in the same order there, so a segment is one buffer to reduce and gather.
+    """
+
+    start: int
+    stop: int
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Holders of every expert. A *cell* is a (stage, EP rank) pair and holds the same rows on all of its data ranks."""
+
+    expert_parallel: int
+    holders: tuple[tuple[int, ...], ...]  # expert -> sorted pipeline stages that hold a copy
+
+    @property
+    def pool(self) -> int:
+        return len(self.holders)
+
+    def rows(self, stage: int, ep_rank: int) -> tuple[int, ...]:
+        """Expert ids held by a cell, ascending: row i of the cell's part of the pool is expert rows[i]."""
+        return tuple(e for e in range(ep_rank, self.pool, self.expert_parallel) if stage in self.holders[e])
+
+    def segments(self, stage: int, ep_rank: int) -> tuple[Segment, ...]:
+        """The cell's rows cut where the holders change. Holders {0: (0,), 2: (0, 1)} -> [0, 1) of (0,), [1, 2) of (0, 1)."""
+        ids = self.rows(stage, ep_rank)
+        cuts = [i for i in range(1, len(ids)) if self.holders[ids[i]] != self.holders[ids[i - 1]]]
+        bounds = [0, *cuts, len(ids)] if ids else []
+        return tuple(Segment(a, b, self.holders[ids[a]]) for a, b in pairwise(bounds))
+
+    def stage_sets(self) -> tuple[tuple[int, ...], ...]:
+        """Every distinct set of holders, sorted: one process group for each, made in this order on all ranks."""
+        return tuple(sorted(set(self.holders)))
+
+
+def replicate(windows: Sequence[Sequence[int]], stage_of_layer: Sequence[int], pool: int, expert_parallel: int) -> Placement:
+    """Every stage holds what its MoE layers see.
+
+    `windows[l]` are the ids that MoE layer l sees, `stage_of_layer[l]` its pipeline stage.
+    Raises ValueError if the pool does not divide over EP ranks or an expert is seen by no layer.
+    """
+    if pool % expert_parallel:
+        raise ValueError(f"moe.pool={pool} is not divisible by parallel.expert_parallel={expert_parallel}")
+    holders: list[set[int]] = [set() for _ in range(pool)]
+    for window, stage in zip(windows, stage_of_layer, strict=True):
+        for e in window:
+            holders[e].add(stage)
+    unseen = [e for e, stages in enumerate(holders) if not stages]
+    if unseen and windows:
+        raise ValueError(
+            f"{len(unseen)} experts of moe.pool={pool} (first: {unseen[0]}) are seen by no layer: "
+            "enlarge moe.window or moe.stride, or shrink moe.pool"
+        )
+    return Placement(expert_parallel, tuple(tuple(sorted(stages)) for stages in holders))
+
+
+def spans(ids: Sequence[int], visible: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Where `visible` (ascending) stands in `ids` (ascending), as ranges: ids (0, 2, 4, 6), visible (0, 4, 6) -> ((0, 1), (2, 4))."""
+    at = {e: i for i, e in enumerate(ids)}
+    out: list[list[int]] = []
+    for e in visible:
+        i = at[e]
+        if out and out[-1][1] == i:
+            out[-1][1] = i + 1
+        else:
+            out.append([i, i + 1])
+    return tuple((a, b) for a, b in out)

@@ -1,0 +1,41 @@
+"""What every test shares: the environment, the ranks, and honest skips."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # read by torch at import
+os.environ.setdefault("MPLBACKEND", "Agg")
+for _name in [n for n in os.environ if n.startswith(("SLURM_", "OMPI_", "PMI", "TORCHELASTIC_"))]:
+    del os.environ[_name]  # a test run inside a job is not a rank of that job
+for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(_name, None)
+
+from collections.abc import Callable, Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+
+from tests.ranks.spawn import RankPool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """`ranks(4).run(fn, ...)`: pools that the whole session shares, one for each number of ranks."""
+    pools: dict[int, RankPool] = {}
+    yield lambda world: pools.setdefault(world, RankPool(world))
+    for pool in pools.values():
+        pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests in tests/gpu and tests/slurm carry their marker by their folder; GPU tests skip without a device."""
+    for item in items:
+        for marker in ("gpu", "slurm"):
+            if marker in item.path.parent.parts:
+                item.add_marker(marker)
+    if on_gpu := [item for item in items if item.get_closest_marker("gpu")]:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,231 @@
+"""The experts over a slab of the pool against plain autograd, their backends, SwiGLU, and the Triton kernels.
+
+Triton decides at import whether it interprets, so its cases run in a process of their own: this file as a script.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from moue_dist.config import ConfigError
+from moue_dist.kernels.backend import has_transformer_engine, resolve_experts
+from moue_dist.kernels.experts import ExpertSlab, expert_mlp
+from moue_dist.kernels.grouped_gemm import LoopGemm, accumulate
+from moue_dist.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# (spans of visible experts among 6 held, rows of each): one span; wrapped window in its own order; an expert without
+# rows at either end and inside; a span without rows; one expert; no rows at all
+LAYOUTS = [
+    (((1, 5),), [3, 5, 1, 2]),
+    (((4, 6), (0, 2)), [2, 7, 1, 4]),
+    (((0, 6),), [0, 3, 0, 0, 9, 0]),
+    (((0, 1), (2, 4), (5, 6)), [4, 0, 0, 3]),
+    (((3, 4),), [5]),
+    (((1, 3), (4, 5)), [0, 0, 0]),
+]
+
+
+def make(spans, dtype=torch.float32, hidden=24, width=16, seed=0) -> ExpertSlab:
+    torch.manual_seed(seed)
+    weight = (torch.randn(6, 3 * width * hidden) / hidden**0.5).to(dtype)
+    grad_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    grad = torch.randn(6, 3 * width * hidden, dtype=grad_dtype)  # what was there before must stay
+    return ExpertSlab(weight, grad, hidden, width, spans)
+
+
+def reference(x: torch.Tensor, slab: ExpertSlab, counts: list[int], dy: torch.Tensor):
+    """(y, dx, dweight) by plain autograd in float64, one nn.Linear-like product at a time."""
+    x, pool = x.detach().double().requires_grad_(), slab.weight.detach().double().requires_grad_()
+    experts = [e for first, end in slab.spans for e in range(first, end)]
+    f, d, out = slab.width, slab.hidden, []
+    for e, rows in zip(experts, x.split(counts), strict=True):
+        gate, up = pool[e, : f * d].view(f, d), pool[e, f * d : 2 * f * d].view(f, d)
+        w_out = pool[e, 2 * f * d :].view(d, f)
+        out.append((torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)) @ w_out.T)
+    y = torch.cat(out)
+    dx, dpool = torch.autograd.grad(y, (x, pool), dy.double())
+    return y.detach(), dx, dpool
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.double() - expected).norm() / expected.norm().clamp_min(1e-9)).item()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "limit"),
+    [
+        ("loop", torch.float32, 1e-6),
+        ("loop", torch.bfloat16, 1e-2),
+        ("torch", torch.float32, 1e-6),
+        ("torch", torch.bfloat16, 1e-2),
+    ],
+)
+@pytest.mark.parametrize(("spans", "counts"), LAYOUTS)
+def test_equals_autograd(spans, counts, backend, dtype, limit, host, recompute):
+    slab = make(spans, dtype)
+    before = slab.grad.clone()
+    x = torch.randn(sum(counts), slab.hidden).to(dtype).requires_grad_()
+    dy = torch.randn(sum(counts), slab.hidden).to(dtype)
+    y, dx, dpool = reference(x, slab, counts, dy)
+    counts_n = torch.tensor(counts)
+    got = expert_mlp(x, counts_n, slab, backend=backend, recompute=recompute, counts_host=counts if host else None)
+    got.backward(dy)
+    assert got.dtype == dtype and x.grad.dtype == dtype and slab.weight.grad is None
+    assert relative(got.detach(), y) < limit and relative(x.grad, dx) < limit
+    assert relative(slab.grad - before, dpool) < limit
+    without_rows = dpool.abs().sum(1) == 0
+    assert torch.equal(slab.grad[without_rows], before[without_rows])  # untouched, bit for bit
+
+
+@pytest.mark.parametrize(("spans", "counts"), LAYOUTS[:4])
+def test_gradcheck_of_the_inputs(spans, counts):
+    slab = make(spans, torch.float64, hidden=4, width=2)
+    x = torch.randn(sum(counts), 4, dtype=torch.float64, requires_grad=True)
+    counts_n = torch.tensor(counts)
+    assert torch.autograd.gradcheck(lambda x: expert_mlp(x, counts_n, slab, backend="loop"), x)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("backend", ["loop", "torch"])
+def test_two_layers_add_up_and_recompute_does_not_count_twice(backend, use_reentrant):
+    """Two layers share experts 1 and 2 and see them through different windows."""
+    counts = [3, 2, 4]
+    results = []
+    for wrapped in (False, True):
+        slab = make(((0, 3),))
+        other = ExpertSlab(slab.weight, slab.grad, slab.hidden, slab.width, ((1, 4),))
+        slab.grad.zero_()
+        x = torch.randn(9, slab.hidden).requires_grad_()
+
+        def layers(x, slab=slab, other=other):
+            x = x + expert_mlp(x, torch.tensor(counts), slab, backend=backend)
+            return x + expert_mlp(x, torch.tensor(counts), other, backend=backend)
+
+        y = checkpoint(layers, x, use_reentrant=use_reentrant) if wrapped else layers(x)
+        y.square().sum().backward()
+        results.append((x.grad, slab.grad))
+    torch.testing.assert_close(*results)
+
+    pool = slab.weight.detach().requires_grad_()
+    y = x = x.detach()
+    for first in (0, 1):
+        parts = []
+        for e, rows in zip(range(first, first + 3), y.split(counts), strict=True):
+            gate_up, out = pool[e, : 2 * 16 * 24].view(32, 24), pool[e, 2 * 16 * 24 :].view(24, 16)
+            gate, up = (rows @ gate_up.T).chunk(2, 1)
+            parts.append((torch.nn.functional.silu(gate) * up) @ out.T)
+        y = y + torch.cat(parts)
+    y.square().sum().backward()
+    torch.testing.assert_close(results[1][1], pool.grad)
+
+
+def test_weight_gradients_do_not_need_the_inputs_gradient():
+    slab = make(((0, 2),))
+    slab.grad.zero_()
+    x = torch.randn(5, slab.hidden)
+    expert_mlp(x, torch.tensor([2, 3]), slab, backend="loop").sum().backward()
+    _, _, dpool = reference(x, slab, [2, 3], torch.ones(5, slab.hidden))
+    assert relative(slab.grad, dpool) < 1e-6
+    with torch.no_grad():
+        assert not expert_mlp(x, torch.tensor([2, 3]), slab, backend="loop").requires_grad
+
+
+def test_slab_views_alias_the_pool():
+    slab = make(((0, 2), (5, 6)))
+    assert slab.count == 3
+    slab.w_in[5, 0, 0], slab.w_out[5, 23, 15], slab.g_in[1, 31, 23] = 7.0, 8.0, 9.0
+    assert (slab.weight[5, 0], slab.weight[5, -1], slab.grad[1, 2 * 16 * 24 - 1]) == (7, 8, 9)
+    with pytest.raises(ValueError, match="spans"):
+        make(((4, 7),))
+    with pytest.raises(ValueError, match="counts_host"):
+        expert_mlp(torch.zeros(4, 24), torch.tensor([1, 1, 1]), slab, backend="loop", counts_host=[1, 1, 1])
+    assert LoopGemm.of(((2, 4), (0, 1)), [3, 0, 2]).segments == ((2, 0, 3), (0, 3, 5))
+
+
+def test_swiglu():
+    z = torch.randn(7, 10, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(swiglu, z)
+    assert swiglu_forward(torch.tensor([[0.0, 2.0], [20.0, 2.0]])).tolist() == [[0], [pytest.approx(40, rel=1e-6)]]
+    dz, h = swiglu_backward(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0]]))
+    assert dz.tolist() == [[1, 0]] and h.tolist() == [[0]]
+    assert swiglu_forward(torch.empty(0, 8)).shape == (0, 4)
+
+
+def test_accumulate_skips_experts_without_rows():
+    total, part = torch.ones(2, 1, 1), torch.tensor([2.0, torch.nan]).view(2, 1, 1)
+    accumulate(total, part, torch.tensor([5, 0]), "torch")
+    assert total.flatten().tolist() == [3, 1]
+
+
+def test_resolve_experts():
+    at = {"hidden": 64, "width": 32}
+    assert resolve_experts("auto", device="cpu", precision="fp32", **at) == "loop"
+    assert resolve_experts("auto", device="cuda", precision="bf16", **at) == "torch"
+    assert resolve_experts("auto", device="cuda", precision="bf16", hidden=60, width=32) == "loop"
+    assert resolve_experts("auto", device="cuda", precision="fp32", **at) == "loop"
+    for option, device, precision, hidden, word in (
+        ("auto", "cpu", "fp8", 64, "train.precision=fp8"),
+        ("torch", "cuda", "fp8", 64, "moe.experts=te"),
+        ("torch", "cuda", "fp32", 64, "train.precision=bf16"),
+        ("torch", "cuda", "bf16", 60, "multiples of 8"),
+        ("te", "cpu", "fp32", 64, "moe.experts=loop"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            resolve_experts(option, device=device, precision=precision, hidden=hidden, width=32)
+    with pytest.raises(ConfigError, match="multiples of 4"):
+        expert_mlp(torch.zeros(1, 6), torch.tensor([1]), make(((0, 1),), hidden=6), backend="torch")
+
+
+@pytest.mark.skipif(has_transformer_engine(), reason="Transformer Engine is installed: tests/gpu runs it")
+def test_te_without_transformer_engine_says_what_to_install():
+    with pytest.raises(ConfigError, match="extra 'gpu'"):
+        resolve_experts("auto", device="cuda", precision="fp8", hidden=64, width=32)
+    with pytest.raises(ConfigError, match="extra 'gpu'"):
+        expert_mlp(torch.zeros(1, 32), torch.tensor([1]), make(((0, 1),), hidden=32), backend="te")
+
+
+def test_triton_kernels_in_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["8", "96", "2100", "experts", "done"]
+
+
+def interpret() -> None:
+    # 8 smaller than a tile's row; 96 no power of two; 2100 more than one tile wide
+    for f, rows in ((8, 300), (96, 13), (2100, 2)):
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(f)
+            z, dh = (3 * torch.randn(rows, 2 * f)).to(dtype), torch.randn(rows, f).to(dtype)
+            # the interpreter truncates to bf16 where the device rounds: one unit in the last place
+            near = {"rtol": 2**-7, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(swiglu_forward(z, "triton"), swiglu_forward(z, "torch"), **near)
+            torch.testing.assert_close(swiglu_backward(z, dh, "triton"), swiglu_backward(z, dh, "torch"), **near)
+        print(f)
+    results = []
+    for impl in ("torch", "triton"):
+        slab = make(((4, 6), (0, 2)))
+        x = torch.randn(12, slab.hidden).requires_grad_()
+        y = expert_mlp(x, torch.tensor([5, 0, 4, 3]), slab, backend="torch", impl=impl)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, slab.grad))
+    torch.testing.assert_close(*results)
+    assert swiglu_forward(torch.empty(0, 8), "triton").shape == (0, 4)
+    print("experts")
+
+
+if __name__ == "__main__":
+    interpret()
+    print("done")

@@ -1,0 +1,9 @@
+"""Imported once by the fork server of `spawn.py`: every rank then starts with torch and megatron-core in memory."""
+
+from moue_dist.parallel import cpu_host
+
+cpu_host.install()
+
+import megatron.core.models.gpt  # noqa: E402
+import megatron.core.parallel_state  # noqa: E402, F401
+import torch  # noqa: E402, F401
