@@ -43,7 +43,7 @@ class TEExperts:
     def __init__(self, slab: ExpertSlab) -> None:
         try:
             import transformer_engine.pytorch as te
-        except ImportError as error:
+        except (ImportError, OSError, AssertionError, RuntimeError) as error:  # absent, half installed, no CUDA
             raise ConfigError(
                 f"moe.experts=te needs Transformer Engine ({error}); install the extra 'gpu' or use moe.experts=torch"
             ) from None
@@ -59,8 +59,9 @@ class TEExperts:
     def __call__(self, x_rd: Tensor, counts_host: list[int], recompute: bool = False) -> Tensor:
         """[R, d] -> [R, d]; `counts_host` in the order of the slab's spans, summing to R.
 
-        `recompute` keeps x instead of the pre-activation and runs fc1 and the activation again in backward. It is for use without an outer
-        recompute: Transformer Engine keeps one flag for the recompute phase, which the inner one would reset.
+        `recompute` keeps x instead of the pre-activation and runs fc1 and the activation again in backward. It is for
+        use without an outer recompute: Transformer Engine keeps one flag for the recompute phase, which the inner one
+        would reset.
         """
         rows, counts = x_rd.shape[0], list(counts_host)
         if torch.is_grad_enabled() and not x_rd.requires_grad:

@@ -95,6 +95,12 @@ def slurm_nodes(environ: Mapping[str, str] | None = None) -> list[str]:
     raise ConfigError("no SLURM_JOB_NODELIST in the environment: this must run inside a Slurm job (sbatch or srun)")
 
 
+def slurm_host(environ: Mapping[str, str] | None = None) -> str:
+    """Where rank 0 of a Slurm job listens: MASTER_ADDR if set (a faster network's name), else the first host."""
+    env = os.environ if environ is None else environ
+    return env.get("MASTER_ADDR") or slurm_nodes(env)[0]
+
+
 def slurm_port(environ: Mapping[str, str] | None = None) -> int:
     """A port that follows from the job, so that every task names the same and two jobs on a node seldom collide."""
     env = os.environ if environ is None else environ
@@ -116,9 +122,10 @@ def gpus_on_node(environ: Mapping[str, str] | None = None) -> int:
     return int((os.environ if environ is None else environ).get("SLURM_GPUS_ON_NODE") or 0)
 
 
-def share_cores(ranks: int) -> None:
-    """Gives each of `ranks` processes that will start here its part of the cores, unless OMP_NUM_THREADS says."""
+def set_defaults(ranks: int) -> None:
+    """Sets, unless they are set, what `ranks` processes on this machine need before they start."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core orders its overlaps by one queue
 
 
 def export(place: ProcessEnv) -> None:
@@ -161,7 +168,7 @@ def _slurm(env: Mapping[str, str]) -> ProcessEnv:
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or env[size]
     node = _integer(env, "SLURM_NODEID") if "SLURM_NODEID" in env else 0
     local = {**env, "tasks on this node": str(_tasks_per_node(tasks)[node])}
-    host = env.get("MASTER_ADDR") or slurm_nodes(env)[0]
+    host = slurm_host(env)
     local["MASTER_PORT"] = str(slurm_port(env))
     return _checked(local, ("SLURM_PROCID", size, "SLURM_LOCALID", "tasks on this node"), host, "slurm")
 

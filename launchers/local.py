@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 
-from moue_dist.launchers.env import share_cores
+from moue_dist.launchers.env import set_defaults
 
 
 def launch(config_path: str, argv: Sequence[str], nproc: int) -> int:
@@ -26,7 +26,7 @@ def launch_module(module: str, argv: Sequence[str], nproc: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    share_cores(nproc)
+    set_defaults(nproc)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

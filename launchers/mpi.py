@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from moue_dist.launchers.env import ProcessEnv, export, free_port, share_cores
+from moue_dist.launchers.env import ProcessEnv, export, free_port, set_defaults
 
 INSTALL = (
     "error: moue_dist.launchers.mpi needs mpi4py and an MPI library ({reason}).\n"
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     place = meet(MPI.COMM_WORLD)
     export(place)
-    share_cores(place.local_world_size)
+    set_defaults(place.local_world_size)
     try:
         code = moue(list(sys.argv[1:] if argv is None else argv))
     except SystemExit as end:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from moue_dist.config import ConfigError
-from moue_dist.launchers.env import gpus_on_node, share_cores, slurm_node_rank, slurm_nodes, slurm_port
+from moue_dist.launchers.env import gpus_on_node, set_defaults, slurm_host, slurm_node_rank, slurm_nodes, slurm_port
 
 USAGE = "usage: srun ... python -m moue_dist.launchers.slurm [--nproc-per-node N] train CONFIG [OPTIONS]"
 
@@ -31,15 +31,14 @@ def torchrun_command(argv: Sequence[str], environ: Mapping[str, str] | None = No
         raise ConfigError(USAGE)
     if not ranks:
         raise ConfigError("Slurm gave this job no GPU: say how many ranks a node runs with --nproc-per-node N")
-    nodes = slurm_nodes(environ)
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
-        f"--nnodes={len(nodes)}",
+        f"--nnodes={len(slurm_nodes(environ))}",
         f"--node-rank={slurm_node_rank(environ)}",
         f"--nproc-per-node={ranks}",
-        f"--master-addr={nodes[0]}",
+        f"--master-addr={slurm_host(environ)}",
         f"--master-port={slurm_port(environ)}",
         "--max-restarts=0",
         "-m",
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    share_cores(ranks)
+    set_defaults(ranks)
     sys.stdout.flush()
     os.execv(command[0], command)
 

@@ -113,6 +113,13 @@ def dense_parameters(config: Config, mesh: Mesh, share: Share) -> int:
     return total
 
 
+def _te_linears(config: Config, mesh: Mesh, share: Share) -> int:
+    """Weights of one rank that Transformer Engine keeps in FP8, row- and column-wise, beside the bf16 ones."""
+    layer = LayerParameters.of(config)
+    per_layer = [layer.dense_ffn if i < config.model.dense_layers else layer.shared_expert for i in share.layers]
+    return sum(layer.attention + ffn for ffn in per_layer) // mesh.tensor
+
+
 def _bytes(config: Config) -> int:
     return 4 if config.train.precision == "fp32" else 2
 
@@ -131,7 +138,7 @@ def _weights(config: Config, mesh: Mesh, placement: Placement, share: Share) -> 
     held = sum(s.stop - s.start for s in segments) * row
     owned = sum((s.stop - s.start) * row / (mesh.expert_data * len(s.stages)) for s in segments)
     sharded = mesh.data if config.parallel.distributed_optimizer else 1
-    fp8_copies = 2 * dense if config.train.precision == "fp8" else 0
+    fp8_copies = 2 * _te_linears(config, mesh, share) if config.train.precision == "fp8" else 0
     return {
         "dense weights": dense * b + fp8_copies,
         "dense gradients": dense * 4,

@@ -99,7 +99,6 @@ def transformer_config(config: Config, mesh: Mesh, *, fp8_recipe: str | None, fu
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=True,
         use_cpu_initialization=not cpu_host.has_cuda(),
-        perform_initialization=False,  # by name, in moue_dist.model.init, so that layouts start equal
         tensor_model_parallel_size=mesh.tensor,
         sequence_parallel=mesh.tensor > 1,
         pipeline_model_parallel_size=mesh.pipeline,

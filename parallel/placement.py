@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,23 @@ class Placement:
         return tuple(e for e in range(ep_rank, self.pool, self.expert_parallel) if stage in self.holders[e])
 
     def segments(self, stage: int, ep_rank: int) -> tuple[Segment, ...]:
-        """The cell's rows cut where the holders change. Holders {0: (0,), 2: (0, 1)} -> [0, 1) of (0,), [1, 2) of (0, 1)."""
-        ids = self.rows(stage, ep_rank)
-        cuts = [i for i in range(1, len(ids)) if self.holders[ids[i]] != self.holders[ids[i - 1]]]
-        bounds = [0, *cuts, len(ids)] if ids else []
-        return tuple(Segment(a, b, self.holders[ids[a]]) for a, b in pairwise(bounds))
+        """The cell's rows as segments. Holders (0,), (0, 1), (1,), (0, 1) -> on stage 1: [0, 1), [1, 2), [2, 3).
+
+        Cut where the holders change along the whole EP column, not along the cell's own rows: all holders must find
+        the same segments, and a stage that lacks what lies between two of them must not join them.
+        """
+        out: list[Segment] = []
+        row, previous = 0, None
+        for e in range(ep_rank, self.pool, self.expert_parallel):
+            stages = self.holders[e]
+            if stage in stages:
+                if stages == previous:
+                    out[-1] = Segment(out[-1].start, row + 1, stages)
+                else:
+                    out.append(Segment(row, row + 1, stages))
+                row += 1
+            previous = stages
+        return tuple(out)
 
     def stage_sets(self) -> tuple[tuple[int, ...], ...]:
         """Every distinct set of holders, sorted: one process group for each, made in this order on all ranks."""

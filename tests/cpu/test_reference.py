@@ -16,7 +16,8 @@ from moue_dist.model.balance import BalanceState, balance_terms
 from tests.reference import Reference, Routing, gru, norm_constant, parameter_shapes, train
 
 ROUTERS = ("softmax", "sigmoid", "norm", "universal", "recurrent")
-MODEL = ModelConfig(layers=3, dense_layers=1, hidden_size=16, heads=4, kv_heads=2, vocab_size=23, sequence_length=8)
+# Three MoE layers: the state that the second reads and passes on is the first that could lose a gradient.
+MODEL = ModelConfig(layers=4, dense_layers=1, hidden_size=16, heads=4, kv_heads=2, vocab_size=23, sequence_length=8)
 POOL = MoEConfig(pool=6, top_k=2, expert_width=8, topology="rotational", window=4, stride=2, state_width=6)
 ALL_TERMS = BalanceConfig(uelb=0.02, pool=0.01, layer=0.03, z_loss=0.001)
 
@@ -43,7 +44,7 @@ def lively(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) ->
 # megatron-core's own model, in a process of its own because a CPU host has to change torch for it.
 
 ATTENTION = replace(MODEL, layers=2, dense_layers=2, norm_eps=1e-4, rope_base=500.0)
-MOE = replace(POOL, topology="private", pool=8, top_k=2)
+MOE = replace(POOL, topology="private", pool=9, top_k=2)
 CASES: dict[str, Config] = {
     "grouped queries, qk norm": Config(model=ATTENTION, moe=MOE),
     "full heads, no qk norm, wide": Config(model=replace(ATTENTION, kv_heads=0, qk_norm=False, ffn_hidden_size=40)),
@@ -321,7 +322,7 @@ def test_the_pools_gradient_is_the_sum_of_an_untied_copys() -> None:
     for reference in (tied, untied):
         reference.loss(*text()).total.backward()
     parts = [copy.grad for copy in untied.__dict__["copies"]]
-    assert len(parts) == 2 and all(part.abs().max() > 0 for part in parts)
+    assert len(parts) == 3 and all(part.abs().max() > 0 for part in parts)
     torch.testing.assert_close(tied.weights["pool.weight"].grad, sum(parts))
 
 
@@ -340,7 +341,7 @@ def test_terms_equal_the_balance_modules_after_a_batch(router: str) -> None:
             for name, term in balance_terms(topology, state, mean_score_lp).items():
                 assert term.item() == pytest.approx(output.terms[name].item(), rel=1e-5), name
         counts_lp = outputs[0].counts_lp + outputs[1].counts_lp
-        assert counts_lp.sum(1).tolist() == [2 * 16 * 2] * 2
+        assert counts_lp.sum(1).tolist() == [2 * 16 * 2] * 3
         reference.finish_batch(counts_lp)
         state.update(counts_lp, bias_rate=0.01)
         torch.testing.assert_close(state.bias, reference.bias_p)
@@ -352,7 +353,7 @@ def test_training_learns_and_reports() -> None:
     record: list[dict[str, Any]] = []
     losses = train(reference, [[[batch], [batch]]] * 15, OptimizerConfig(lr=1e-2), record=record)
     assert len(losses) == len(record) == 15 and losses[-1] < 0.5 * losses[0]
-    assert record[0]["counts_lp"].sum() == 2 * 16 * 2 * 2
+    assert record[0]["counts_lp"].sum() == 2 * 16 * 2 * 3
     assert record[0]["terms"]["uelb"] == pytest.approx(1.0, abs=1e-5), "before the first batch F is the target"
     assert abs(record[-1]["terms"]["uelb"] - 1.0) > 1e-5
 

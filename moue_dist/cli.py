@@ -1,0 +1,205 @@
+"""`moue` = `python -m moue_dist`: train, plan, report, options. Heavy modules load only where they are used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from moue_dist import __version__
+from moue_dist.config import Config, ConfigError
+
+BAD_CONFIGURATION = 2
+
+_OVERRIDES = """\
+Any option of the configuration can be overridden: --section.key value, for example
+  --train.steps 500 --parallel.pipeline-parallel 2 --model.qk-norm false --parallel.stage-layers 3 1
+`moue options` lists them all."""
+
+_TRAIN = f"""\
+Train a configuration. Under torchrun, srun or mpirun this is one rank; otherwise it starts the ranks itself, one for
+each GPU, or on a CPU as few as the grid needs.
+
+  moue train configs/tiny.yaml
+  moue train configs/tiny.yaml --train.steps 20 --name short
+  moue train configs/debug_gpu.yaml --nproc 2 --parallel.expert-parallel 2
+  torchrun --nproc-per-node 8 -m moue_dist train configs/moue_7b.yaml
+
+A run that has a checkpoint continues from its latest one.
+{_OVERRIDES}"""
+
+_PLAN = f"""\
+Dry run: rank grid, stages and their experts, parameters, FLOPs per token, bytes per GPU, and whether it fits. Needs
+no GPU. Exit code 1 if it does not fit, 2 for a bad configuration.
+
+  moue plan configs/moue_7b.yaml --world 64
+  moue plan configs/moue_7b.yaml --world 4 --device h100 --parallel.expert-parallel 2
+  moue plan configs/moue_7b.yaml --world 8 --json
+
+{_OVERRIDES}"""
+
+_MAIN = """\
+Trains Mixture of Universal Experts: a language model whose MoE layers share one pool of experts, over every layer
+and pipeline stage.
+
+  moue plan configs/tiny.yaml            what would run, and whether it fits
+  moue train configs/tiny.yaml           run it
+  moue report runs/tiny                  one HTML page about one or several runs
+  moue options                           every option of a configuration, with its default"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (2: bad configuration or usage, explained in one line on stderr)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["report"]:  # it has a parser of its own
+        from moue_dist.report.cli import main as report
+
+        return _refusable(lambda: report(args[1:]))
+    parser = _parser()
+    known, overrides = parser.parse_known_args(args)
+    if "run" not in known:
+        parser.print_help()
+        return BAD_CONFIGURATION
+    return _refusable(lambda: known.run(known, overrides))
+
+
+def _parser() -> argparse.ArgumentParser:
+    keep = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="moue", description=_MAIN, formatter_class=keep, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="")
+
+    def command(name: str, run: Callable[..., int], short: str, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=short, description=text, formatter_class=keep, allow_abbrev=False)
+        made.set_defaults(run=run)
+        return made
+
+    train = command("train", _train, "train a configuration", _TRAIN)
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/tiny.yaml")
+    train.add_argument("--nproc", type=_positive, metavar="N", help="ranks to start on this machine")
+
+    plan = command("plan", _plan, "dry run of a configuration", _PLAN)
+    plan.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/moue_7b.yaml")
+    plan.add_argument("--world", type=_positive, metavar="N", help="processes (default: as few as the grid needs)")
+    plan.add_argument("--device", default="h200", metavar="NAME", help="accelerator (default: h200)")
+    plan.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of a GPU (default: the device's)")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    command(
+        "options", _options, "every option of a configuration", "Every option of a configuration, with its default."
+    )
+    commands.add_parser("report", help="an HTML page about one or several runs", add_help=False)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _refusable(run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks find the same; one says it
+            print(f"moue: {error}", file=sys.stderr)
+        return BAD_CONFIGURATION
+    except BrokenPipeError:  # `moue plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    from moue_dist.launchers.env import read_env
+    from moue_dist.load import load_config
+    from moue_dist.parallel.mesh import smallest_world
+    from moue_dist.validate import validate
+
+    config = load_config(args.config, overrides)
+    place = read_env()
+    if place.source == "single":
+        ranks, gpus = args.nproc, _gpus(config)
+        if ranks is None:
+            ranks = gpus or smallest_world(config.parallel)
+        if config.train.device == "cuda" and not gpus:
+            validate(config, ranks, cuda=False)  # says so before any rank starts
+        if ranks > 1:
+            from moue_dist.launchers.local import launch
+
+            _check_before_launch(config, ranks, gpus)
+            return launch(args.config, overrides, ranks)
+    elif args.nproc is not None:
+        raise ConfigError(f"--nproc {args.nproc}: the ranks were already started by {place.source}; leave it out")
+    from moue_dist.train import run
+
+    return run(config)
+
+
+def _gpus(config: Config) -> int:
+    if config.train.device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _check_before_launch(config: Config, ranks: int, gpus: int) -> None:
+    """Refuse here what every rank would refuse, once and before they start. The ranks check again, each its device."""
+    from moue_dist.validate import validate
+
+    if gpus and ranks > gpus:
+        raise ConfigError(f"--nproc {ranks} is more than the {gpus} GPUs here; lower it, or set train.device=cpu")
+    if gpus == 0:
+        validate(config, ranks, cuda=False)
+        return
+    import torch
+
+    from moue_dist.devices import describe_device
+    from moue_dist.kernels.backend import has_transformer_engine
+
+    facts = torch.cuda.get_device_properties(0)
+    device = describe_device(facts.name, (facts.major, facts.minor), facts.total_memory / 2**30)
+    validate(config, ranks, cuda=True, device=device, transformer_engine=has_transformer_engine())
+
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from moue_dist.devices import find_device, known_devices
+    from moue_dist.load import load_config
+    from moue_dist.parallel.mesh import smallest_world
+    from moue_dist.plan import build_plan, render
+
+    device = find_device(args.device)
+    if device is None:
+        raise ConfigError(f"--device {args.device}: unknown; known are {', '.join(known_devices())}")
+    config = load_config(args.config, overrides)
+    world = args.world
+    if world is None:
+        from moue_dist.validate import validate
+
+        validate(config, None, cuda=True, device=device, transformer_engine=True)  # before degrees are multiplied
+        world = smallest_world(config.parallel)
+    plan = build_plan(config, world, device, args.memory_gib)
+    if args.json:
+        print(plan.as_json())
+    else:
+        from rich.console import Console
+
+        render(plan, Console(highlight=False))
+    if not plan.fits:
+        print(f"moue: does not fit: {plan.misfit}", file=sys.stderr)
+    return 0 if plan.fits else 1
+
+
+def _options(args: argparse.Namespace, overrides: list[str]) -> int:
+    if overrides:
+        raise ConfigError(f"unexpected {overrides[0]!r}")
+    import tyro
+
+    tyro.cli(Config, default=Config(), args=["--help"], prog="moue train CONFIG")
+    return 0  # not reached: tyro exits after its help
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""The dry run: everything that follows from a configuration and a number of processes, and whether it fits.
+
+`build_plan` is arithmetic; `render` prints it. Neither imports torch or touches a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from moue_dist import memory
+from moue_dist.config import Config
+from moue_dist.devices import Device
+from moue_dist.flops import Flops, Parameters, flops_per_token, parameters
+from moue_dist.memory import GIB, RESERVE, Share
+from moue_dist.parallel.mesh import build_mesh, layers_of_rank, stage_layout
+from moue_dist.validate import moe_window, place_pool, validate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One pipeline stage: its layers (0-based), what they see, and the fullest of its ranks."""
+
+    stage: int
+    first_rank: int
+    last_rank: int
+    chunks: tuple[tuple[int, ...], ...]  # layers of each model chunk
+    windows: tuple[str, ...]  # experts that each layer sees, as ranges; '' for a dense layer
+    experts: int  # held by the stage: the union of its layers' windows
+    shared_experts: int  # of these, also held by another stage
+    experts_per_rank: int  # on the rank that holds most
+    parameters_per_rank: int  # without the pool
+    microbatches_in_flight: int  # of chunks
+    memory_bytes: dict[str, int]  # by component, on the rank that holds most
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A dry run's answers. Bytes are per GPU; FLOPs per token, forward and backward."""
+
+    name: str
+    grid: dict[str, int]
+    derived: dict[str, Any]
+    parameters: Parameters
+    flops: Flops
+    stages: tuple[StagePlan, ...]
+    device: str
+    memory_gib: float
+    misfit: str | None  # why it does not fit
+
+    @property
+    def worst(self) -> StagePlan:
+        """The stage whose ranks need most memory."""
+        return max(self.stages, key=lambda s: s.total_bytes)
+
+    @property
+    def fits(self) -> bool:
+        return self.misfit is None
+
+    def as_json(self) -> str:
+        """The plan with its totals, as JSON."""
+        plain = dataclasses.asdict(self)
+        plain["parameters"] |= {"total": self.parameters.total, "dense": self.parameters.dense}
+        plain["flops"]["total"] = self.flops.total
+        for stage, written in zip(self.stages, plain["stages"], strict=True):
+            written["total_bytes"] = stage.total_bytes
+        return json.dumps({**plain, "fits": self.fits, "worst_stage": self.worst.stage}, indent=2)
+
+
+def build_plan(config: Config, world: int, device: Device, memory_gib: float | None = None) -> Plan:
+    """The plan of `world` processes on `device`s (or on CPU where the configuration says so).
+
+    Assumes that Transformer Engine is installed unless the configuration switches it off. Raises ConfigError for a
+    configuration that cannot run; one that needs too much memory comes back with `misfit`.
+    """
+    resolved = validate(config, world, cuda=True, device=device, transformer_engine=True)
+    mesh = build_mesh(world, config.parallel)
+    t, m = config.train, config.model
+    microbatches = t.global_batch_size // (t.micro_batch_size * mesh.data)
+    placement, topology = place_pool(config, mesh), config.topology()
+    layout = stage_layout(m.layers, mesh.pipeline, mesh.virtual, config.parallel.stage_layers)
+    holders = placement.holders
+
+    stages = []
+    for stage in range(mesh.pipeline):
+        chunks = layout[stage :: mesh.pipeline]
+        held = [e for e in range(config.moe.pool) if stage in holders[e]]
+        rows = [len(placement.rows(stage, ep)) for ep in range(mesh.expert)]
+        share = Share(stage, chunks, rows.index(max(rows)))
+        ranks = mesh.ranks_of_stage(stage)
+        stages.append(
+            StagePlan(
+                stage=stage,
+                first_rank=ranks[0],
+                last_rank=ranks[-1],
+                chunks=chunks,
+                windows=tuple(
+                    ranges(moe_window(config, topology.windows, layer))
+                    for layer in layers_of_rank(layout, mesh.pipeline, stage)
+                ),
+                experts=len(held),
+                shared_experts=sum(len(holders[e]) > 1 for e in held),
+                experts_per_rank=max(rows),
+                parameters_per_rank=memory.dense_parameters(config, mesh, share),
+                microbatches_in_flight=len(memory.chunks_in_flight(mesh, stage, microbatches)),
+                memory_bytes=memory.rank_bytes(config, mesh, placement, share, microbatches, resolved),
+            )
+        )
+
+    counts, flops = parameters(config), flops_per_token(config)
+    tokens = t.global_batch_size * m.sequence_length
+    exposure = topology.exposure
+    plan = Plan(
+        name=config.name,
+        grid={
+            "world": world,
+            "pipeline": mesh.pipeline,
+            "virtual stages": mesh.virtual,
+            "tensor": mesh.tensor,
+            "data": mesh.data,
+            "expert": mesh.expert,
+            "expert-data": mesh.expert_data,
+        },
+        derived={
+            "device": resolved.device,
+            "precision": t.precision + (f" ({resolved.fp8_recipe})" if resolved.fp8_recipe else ""),
+            "transformer engine": "on" if resolved.transformer_engine else "off",
+            "expert GEMMs": resolved.experts,
+            "head width": m.hidden_size // m.heads,
+            "key-value heads": m.kv_heads or m.heads,
+            "MoE layers": config.moe_layers,
+            "window": topology.window,
+            "layers that see an expert": f"{min(exposure)} to {max(exposure)}",
+            "microbatches per step": microbatches,
+            "pipeline bubble": round((mesh.pipeline - 1) / (mesh.virtual * microbatches + mesh.pipeline - 1), 4),
+            "tokens per microbatch": t.micro_batch_size * m.sequence_length,
+            "rows per layer and expert rank": t.micro_batch_size * m.sequence_length // mesh.tensor * config.moe.top_k,
+            "tokens per step": tokens,
+            "steps": t.steps,
+            "tokens in the run": tokens * t.steps,
+            "training FLOPs of the run": float(tokens * t.steps * flops.total),
+        },
+        parameters=counts,
+        flops=flops,
+        stages=tuple(stages),
+        device=device.name,
+        memory_gib=device.memory_gib if memory_gib is None else memory_gib,
+        misfit=None,
+    )
+    return dataclasses.replace(plan, misfit=_misfit(plan))
+
+
+def _misfit(plan: Plan) -> str | None:
+    need = plan.worst.total_bytes + RESERVE
+    if need <= plan.memory_gib * GIB:
+        return None
+    largest = max(plan.worst.memory_bytes.items(), key=lambda item: item[1])
+    cure = "parallel.recompute=full or a smaller train.micro_batch_size"
+    if largest[0].startswith("pool"):
+        cure = "a larger parallel.expert_parallel or parallel.pipeline_parallel"
+    elif largest[0].startswith("dense"):
+        cure = "a larger parallel.tensor_parallel or parallel.pipeline_parallel"
+    return (
+        f"stage {plan.worst.stage} needs {plan.worst.total_bytes / GIB:.1f} GiB and {RESERVE / GIB:.0f} GiB of reserve, "
+        f"more than the {plan.memory_gib:.1f} GiB of {plan.device}; the largest part is {largest[0]} "
+        f"({largest[1] / GIB:.1f} GiB): try {cure}"
+    )
+
+
+def ranges(ids: Sequence[int]) -> str:
+    """Ascending ids as ranges: (0, 1, 2, 6, 7) -> '0-2 6-7'."""
+    runs = [[i for _, i in run] for _, run in groupby(enumerate(ids), lambda pair: pair[1] - pair[0])]
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def render(plan: Plan, console: Console) -> None:
+    """Print the plan as tables."""
+    from rich.table import Table
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(title=title, title_justify="left", header_style="bold")
+        for i, column in enumerate(columns):
+            made.add_column(column, justify="left" if i == 0 or column == "window" else "right")
+        return made
+
+    grid = table(f"{plan.name}: rank grid", *plan.grid)
+    grid.add_row(*map(str, plan.grid.values()))
+    console.print(grid)
+
+    derived = table("derived", "number", "value")
+    for name, value in plan.derived.items():
+        derived.add_row(name, f"{value:.3e}" if isinstance(value, float) and value > 1e6 else _grouped(value))
+    console.print(derived)
+
+    counts = table("parameters", "part", "count")
+    for name, value in dataclasses.asdict(plan.parameters).items():
+        if name not in ("activated", "router_shared"):
+            counts.add_row(name.replace("_", " "), _grouped(value))
+    counts.add_section()
+    counts.add_row("total", _grouped(plan.parameters.total))
+    counts.add_row("activated per token", _grouped(plan.parameters.activated))
+    console.print(counts)
+
+    work = table("model FLOPs per token (forward and backward, executed layers, no recompute)", "part", "FLOPs")
+    for name, value in dataclasses.asdict(plan.flops).items():
+        work.add_row(name, f"{value:.4g}")
+    work.add_section()
+    work.add_row("total", f"{plan.flops.total:.4g}")
+    console.print(work)
+
+    stages = table("stages (layers from 1)", "stage", "ranks", "layer", "window", "experts", "shared", "a rank")
+    for s in plan.stages:
+        order = sorted(layer for chunk in s.chunks for layer in chunk)
+        for i, (layer, window) in enumerate(zip(order, s.windows, strict=True)):
+            head = (str(s.stage), f"{s.first_rank}-{s.last_rank}") if i == 0 else ("", "")
+            tail = (str(s.experts), str(s.shared_experts), str(s.experts_per_rank)) if i == 0 else ("", "", "")
+            stages.add_row(*head, str(layer + 1), window or "dense", *tail)
+        stages.add_section()
+    console.print(stages)
+
+    worst = plan.worst
+    needs = table(f"memory of a rank of stage {worst.stage}, the fullest, at the peak of a step", "component", "GiB")
+    for name, value in worst.memory_bytes.items():
+        needs.add_row(name, f"{value / GIB:.3f}")
+    needs.add_section()
+    needs.add_row("allocated", f"{worst.total_bytes / GIB:.3f}")
+    needs.add_row("reserve (context, NCCL, fragmentation)", f"{RESERVE / GIB:.3f}")
+    needs.add_row(f"{plan.device} has", f"{plan.memory_gib:.3f}")
+    console.print(needs)
+    if len(plan.stages) > 1:
+        others = ", ".join(f"{s.stage}: {s.total_bytes / GIB:.1f}" for s in plan.stages)
+        console.print(f"allocated GiB by stage: {others}")
+    console.print("[green]fits[/green]" if plan.fits else f"[red]does not fit[/red]: {plan.misfit}")
+
+
+def _grouped(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
