@@ -101,6 +101,12 @@ def slurm_host(environ: Mapping[str, str] | None = None) -> str:
     return env.get("MASTER_ADDR") or slurm_nodes(env)[0]
 
 
+def slurm_job(environ: Mapping[str, str] | None = None) -> str:
+    """The job's number and how often it was requeued, such as '4711.0'."""
+    env = os.environ if environ is None else environ
+    return f"{env.get('SLURM_JOB_ID', '')}.{env.get('SLURM_RESTART_COUNT', '0')}"
+
+
 def slurm_port(environ: Mapping[str, str] | None = None) -> int:
     """A port that follows from the job, so that every task names the same and two jobs on a node seldom collide."""
     env = os.environ if environ is None else environ

@@ -7,8 +7,19 @@ import shutil
 import sys
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from moue_dist.launchers.env import set_defaults
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """One node's place in a job of several: rank 0 listens at `endpoint` ("host:port") on node 0."""
+
+    count: int
+    rank: int
+    endpoint: str
+    job: str
 
 
 def launch(config_path: str, argv: Sequence[str], nproc: int) -> int:
@@ -20,23 +31,25 @@ def launch(config_path: str, argv: Sequence[str], nproc: int) -> int:
     return launch_module("moue_dist", ["train", config_path, *argv], nproc)
 
 
-def launch_module(module: str, argv: Sequence[str], nproc: int) -> int:
-    """`launch` for any module: `python -m MODULE ARGV...` in `nproc` ranks."""
+def launch_module(module: str, argv: Sequence[str], nproc: int, nodes: Nodes | None = None) -> int:
+    """`launch` for any module, `python -m MODULE ARGV...`, here and, with `nodes`, as one node's part of a job."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     set_defaults(nproc)
+    count = nodes.count if nodes else 1
     settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=count,
+        max_nodes=count,
         nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        run_id=nodes.job if nodes else uuid.uuid4().hex,
+        rdzv_backend="static" if nodes else "c10d",
+        rdzv_endpoint=nodes.endpoint if nodes else "localhost:0",
+        rdzv_configs={"rank": nodes.rank} if nodes else {},
         max_restarts=0,
         monitor_interval=0.1,
-        local_addr="localhost",
+        local_addr=None if nodes else "localhost",
     )
     command = [sys.executable, "-u", "-m", module, *argv]
     if setpriv := shutil.which("setpriv"):  # Linux ends the ranks even if this process is killed outright
@@ -47,8 +60,8 @@ def launch_module(module: str, argv: Sequence[str], nproc: int) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        if nproc > 1 and failure.exitcode != 2:  # 2: a refused configuration, already explained
-            print(f"rank {rank} of {nproc} ended with exit code {code}; the others were stopped", file=sys.stderr)
+        if code != 2:  # 2: a refused configuration, already explained
+            print(f"rank {rank} of {nproc * count} ended with exit code {code}; others were stopped", file=sys.stderr)
         return code
     except SignalException as error:
         return 128 + error.sigval.value

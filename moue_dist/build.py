@@ -18,9 +18,9 @@ from moue_dist.parallel import cpu_host, megatron
 from moue_dist.parallel.dispatch import AllToAllDispatcher
 from moue_dist.parallel.groups import Groups, build_groups
 from moue_dist.parallel.mesh import Coord, Mesh, build_mesh, stage_layout
-from moue_dist.parallel.placement import Placement, replicate
 from moue_dist.parallel.pool import ExpertPool
 from moue_dist.parallel.pool_sync import SharedOptimizer, SyncedBuffer, check_replicas, common_pieces
+from moue_dist.validate import Resolved, place_pool
 
 
 @dataclass(frozen=True)
@@ -55,27 +55,10 @@ class System:
         return [chunk.module for chunk in self.dense.chunks]
 
 
-def place(config: Config, mesh: Mesh, layout: tuple[tuple[int, ...], ...]) -> Placement:
-    """Where the experts of this run live."""
-    topology = config.topology()
-    stage_of = {layer: s % mesh.pipeline for s, layers in enumerate(layout) for layer in layers}
-    stages = [stage_of[layer] for layer in range(config.model.dense_layers, config.model.layers)]
-    return replicate(topology.windows, stages, config.moe.pool, mesh.expert)
-
-
-def experts_backend(config: Config) -> str:
-    """The expert GEMMs of `moe.experts`; auto: te for FP8, PyTorch's grouped ones in bf16 on a GPU, else the loop."""
-    if config.moe.experts != "auto":
-        return config.moe.experts
-    if config.train.precision == "fp8":
-        return "te"
-    return "torch" if cpu_host.has_cuda() and config.train.precision == "bf16" else "loop"
-
-
-def build_system(config: Config, rank: int, world: int, *, fp8_recipe: str | None = None, fused: bool = False) -> System:
+def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> System:
     """Collective: every rank builds its part. torch.distributed is initialised, megatron-core not yet.
 
-    `fused` means Transformer Engine's layers, `fp8_recipe` megatron-core's name of the recipe, None for none.
+    `resolved` is what `validate` made of the configuration's `auto` options on this machine.
     """
     mesh = build_mesh(world, config.parallel)
     coord = mesh.coords(rank)
@@ -83,10 +66,12 @@ def build_system(config: Config, rank: int, world: int, *, fp8_recipe: str | Non
     timeout = timedelta(seconds=config.train.timeout_seconds)
     megatron.initialise(mesh, config.train.seed, config.train.timeout_seconds / 60)
     layout = stage_layout(config.model.layers, mesh.pipeline, mesh.virtual, config.parallel.stage_layers)
-    topology, placement = config.topology(), place(config, mesh, layout)
+    topology, placement = config.topology(), place_pool(config, mesh)
     groups = build_groups(mesh, rank, placement.stage_sets(), timeout)
 
-    tconfig = megatron.transformer_config(config, mesh, fp8_recipe=fp8_recipe, fused=fused)
+    tconfig = megatron.transformer_config(
+        config, mesh, fp8_recipe=resolved.fp8_recipe, fused=resolved.transformer_engine
+    )
     pool = ExpertPool(
         placement,
         mesh,
@@ -107,7 +92,7 @@ def build_system(config: Config, rank: int, world: int, *, fp8_recipe: str | Non
         dispatcher=AllToAllDispatcher(megatron.expert_group()),
         shared_router=shared_router,
         balance=BalanceState.initial(topology, device),
-        experts_backend=experts_backend(config),
+        experts_backend=resolved.experts,
         token_shards=mesh.tensor,
         device=device,
     )

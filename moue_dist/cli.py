@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from moue_dist import __version__
 from moue_dist.config import Config, ConfigError
+from moue_dist.devices import Device
 
 BAD_CONFIGURATION = 2
 
@@ -68,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     keep = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="moue", description=_MAIN, formatter_class=keep, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Callable[..., int], short: str, text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=short, description=text, formatter_class=keep, allow_abbrev=False)
@@ -103,77 +105,100 @@ def _refusable(run: Callable[[], int]) -> int:
     try:
         return run()
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks find the same; one says it
+        if _first_rank():  # all ranks find the same; one says it
             print(f"moue: {error}", file=sys.stderr)
         return BAD_CONFIGURATION
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # `moue plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+def _first_rank() -> bool:
     from moue_dist.launchers.env import read_env
-    from moue_dist.load import load_config
-    from moue_dist.parallel.mesh import smallest_world
-    from moue_dist.validate import validate
 
-    config = load_config(args.config, overrides)
+    try:
+        return read_env().rank == 0
+    except ConfigError:
+        return True
+
+
+def _load(path: str, overrides: list[str]) -> Config:
+    from moue_dist.load import load_config
+
+    if not os.path.exists(path) and any(word.endswith((".yaml", ".yml")) for word in overrides):
+        raise ConfigError(f"the configuration file comes first, then the options; {path!r} is no file")
+    return load_config(path, overrides)
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    from moue_dist.launchers.env import export, read_env
+
+    config = _load(args.config, overrides)
     place = read_env()
     if place.source == "single":
-        ranks, gpus = args.nproc, _gpus(config)
-        if ranks is None:
-            ranks = gpus or smallest_world(config.parallel)
-        if config.train.device == "cuda" and not gpus:
-            validate(config, ranks, cuda=False)  # says so before any rank starts
+        ranks, on_cpu = _ranks_here(config, args.nproc)
+        if on_cpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks then see a machine without GPUs
         if ranks > 1:
             from moue_dist.launchers.local import launch
 
-            _check_before_launch(config, ranks, gpus)
             return launch(args.config, overrides, ranks)
     elif args.nproc is not None:
         raise ConfigError(f"--nproc {args.nproc}: the ranks were already started by {place.source}; leave it out")
     from moue_dist.train import run
 
-    return run(config)
+    return run(config, place)
 
 
-def _gpus(config: Config) -> int:
-    if config.train.device == "cpu":
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _check_before_launch(config: Config, ranks: int, gpus: int) -> None:
-    """Refuse here what every rank would refuse, once and before they start. The ranks check again, each its device."""
+def _ranks_here(config: Config, asked: int | None) -> tuple[int, bool]:
+    """How many ranks to start, and whether to leave the GPUs alone. Refuses, once, what every rank would refuse."""
+    from moue_dist.parallel.mesh import smallest_world
     from moue_dist.validate import validate
 
-    if gpus and ranks > gpus:
+    device, gpus = (None, 0) if config.train.device == "cpu" else _gpus()
+    facts: dict[str, Any] = {"cuda": gpus > 0, "device": device}
+    if gpus:
+        from moue_dist.kernels.backend import has_transformer_engine
+
+        facts["transformer_engine"] = has_transformer_engine()
+    validate(config, None, **facts)
+    least = smallest_world(config.parallel)
+    choice = config.train.device == "auto" and config.train.precision == "fp32"
+    if 0 < gpus < (asked or least) and choice:
+        print(f"moue: {gpus} GPU(s) for {asked or least} ranks are too few: training on the CPU", file=sys.stderr)
+        validate(config, asked or least, cuda=False)
+        return asked or least, True
+    ranks = asked or gpus or least
+    if 0 < gpus < ranks:
         raise ConfigError(f"--nproc {ranks} is more than the {gpus} GPUs here; lower it, or set train.device=cpu")
-    if gpus == 0:
-        validate(config, ranks, cuda=False)
-        return
+    validate(config, ranks, **facts)
+    return ranks, config.train.device == "cpu"
+
+
+def _gpus() -> tuple[Device | None, int]:
+    """The first GPU's description and their number."""
     import torch
 
     from moue_dist.devices import describe_device
-    from moue_dist.kernels.backend import has_transformer_engine
 
+    if not torch.cuda.is_available():
+        return None, 0
     facts = torch.cuda.get_device_properties(0)
     device = describe_device(facts.name, (facts.major, facts.minor), facts.total_memory / 2**30)
-    validate(config, ranks, cuda=True, device=device, transformer_engine=has_transformer_engine())
+    return device, torch.cuda.device_count()
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from moue_dist.devices import find_device, known_devices
-    from moue_dist.load import load_config
     from moue_dist.parallel.mesh import smallest_world
     from moue_dist.plan import build_plan, render
 
     device = find_device(args.device)
     if device is None:
         raise ConfigError(f"--device {args.device}: unknown; known are {', '.join(known_devices())}")
-    config = load_config(args.config, overrides)
+    config = _load(args.config, overrides)
     world = args.world
     if world is None:
         from moue_dist.validate import validate

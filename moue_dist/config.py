@@ -1,6 +1,6 @@
 """Every option of a run: frozen dataclasses, validated in one place, free of torch.
 
-`load.py` reads them from strict YAML and the command line; `validate()` refuses what cannot work, and each message
+`load.py` reads them from strict YAML and the command line; `validate.py` refuses what cannot work, and each message
 names the option and the way out. Names are the field's; comments give units and defaults' reasons.
 """
 
@@ -47,7 +47,7 @@ class MoEConfig:
     stride: int = 0  # rotational: how far the window moves
     group: int = 1  # block, rotational: adjacent layers that share a window
     router: Literal["softmax", "sigmoid", "norm", "universal", "recurrent"] = "softmax"
-    score: Literal["softmax_topk", "topk_softmax"] = "softmax_topk"  # softmax over the window before, or over top-k after
+    score: Literal["softmax_topk", "topk_softmax"] = "softmax_topk"  # softmax over the window first, or the chosen last
     renormalise: bool = False  # weights of the chosen experts sum to 1
     route_scale: float = 1.0  # multiplies the weights of the chosen experts
     state_width: int = 32  # universal, recurrent: width of the trajectory state and of the query
@@ -153,8 +153,6 @@ class Config:
         """The windows of this model's MoE layers; raises ConfigError where they do not fit."""
         m = self.moe
         try:
-            return build_topology(
-                m.topology, self.moe_layers, m.pool, window=m.window, stride=m.stride, group=m.group
-            )
+            return build_topology(m.topology, self.moe_layers, m.pool, window=m.window, stride=m.stride, group=m.group)
         except ValueError as error:
             raise ConfigError(str(error)) from None

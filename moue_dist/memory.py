@@ -11,7 +11,8 @@ Kept for backward by one layer and microbatch:
                 t (h+g) c b / TP         q and k before their norms (qk_norm only)
                 t (h+2g) c b / TP        q and k after RoPE, v
                 t h c b / TP  (+ q - b)  attention output; FP8 keeps its own copy for the output projection
-                4 t h / TP               log-sum-exp; without Transformer Engine 2 h t s b / TP scores instead
+                4 t h / TP               log-sum-exp, or 2 h t s b / TP scores without Transformer Engine;
+                                         neither with recompute=selective
     MoE         u d b                    input of the norm before the router
                 4 u d                    fp32 copy of the router's input (bf16, FP8)
                 4 u W c_r                c_r fp32 score tables, by router; universal and recurrent: states, chosen keys
@@ -43,7 +44,7 @@ RESERVE = 3 * GIB  # CUDA context, NCCL buffers, fragmentation: outside of what 
 LIBRARIES = 2**27  # GEMM workspaces that the allocator does count
 INDEX_BYTES = 60  # of one row: six int64 permutations and three fp32 weights
 SCORE_TABLES = {"softmax": 1, "sigmoid": 3, "norm": 4, "universal": 1, "recurrent": 1}  # fp32 [u, W] kept by a router
-LOGIT_BYTES = {2: 6, 4: 8}  # of one logit at the loss: fp32 softmax and the logits, or their gradient, in model type
+LOGIT_BYTES = {2: 6, 4: 8}  # of one logit: fp32 softmax, and the logits or their gradient in model type
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def rank_bytes(
     activations = sum(kept[layer] for chunk in flight for layer in share.chunks[chunk])
     last = share.stage == mesh.pipeline - 1
     tokens = _tokens(config)
-    logits = tokens * config.model.vocab_size * LOGIT_BYTES[_bytes(config)] // mesh.tensor if last else 0
+    # Transformer Engine's cross entropy writes the gradient over the logits.
+    a_logit = _bytes(config) if resolved.transformer_engine else LOGIT_BYTES[_bytes(config)]
+    logits = tokens * config.model.vocab_size * a_logit // mesh.tensor if last else 0
     workspace = max((_workspace(config, mesh, layer, share, resolved) for layer in share.layers), default=0)
     if config.parallel.recompute == "full":
         workspace += max(layers.values(), default=0)
@@ -160,7 +163,8 @@ def _layer_activations(config: Config, mesh: Mesh, layer: int, share: Share, res
     kept = u * d * (b + q)
     kept += u * (m.heads + 2 * g) * c * b + u * m.heads * c * (b + (q if q < b else 0))
     kept += u * (m.heads + g) * c * b if m.qk_norm else 0
-    kept += u * m.heads * (4 if resolved.transformer_engine else 2 * m.sequence_length * b)
+    if config.parallel.recompute != "selective":
+        kept += u * m.heads * (4 if resolved.transformer_engine else 2 * m.sequence_length * b)
     if layer < m.dense_layers:
         return kept + u * d * (b + q) + u * 3 * dense_ffn_width(config) * b
     rows, f, r, window = u * e.top_k, e.expert_width, e.state_width, config.topology().window

@@ -162,17 +162,17 @@ def build_plan(config: Config, world: int, device: Device, memory_gib: float | N
 
 
 def _misfit(plan: Plan) -> str | None:
-    need = plan.worst.total_bytes + RESERVE
-    if need <= plan.memory_gib * GIB:
+    worst = plan.worst
+    if worst.total_bytes + RESERVE <= plan.memory_gib * GIB:
         return None
-    largest = max(plan.worst.memory_bytes.items(), key=lambda item: item[1])
+    largest = max(worst.memory_bytes.items(), key=lambda item: item[1])
     cure = "parallel.recompute=full or a smaller train.micro_batch_size"
     if largest[0].startswith("pool"):
         cure = "a larger parallel.expert_parallel or parallel.pipeline_parallel"
     elif largest[0].startswith("dense"):
         cure = "a larger parallel.tensor_parallel or parallel.pipeline_parallel"
     return (
-        f"stage {plan.worst.stage} needs {plan.worst.total_bytes / GIB:.1f} GiB and {RESERVE / GIB:.0f} GiB of reserve, "
+        f"stage {worst.stage} needs {worst.total_bytes / GIB:.1f} GiB and {RESERVE / GIB:.0f} GiB of reserve, "
         f"more than the {plan.memory_gib:.1f} GiB of {plan.device}; the largest part is {largest[0]} "
         f"({largest[1] / GIB:.1f} GiB): try {cure}"
     )
@@ -189,7 +189,8 @@ def render(plan: Plan, console: Console) -> None:
     from rich.table import Table
 
     def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", header_style="bold")
+        console.print(f"\n[bold]{title}[/bold]")
+        made = Table(header_style="bold")
         for i, column in enumerate(columns):
             made.add_column(column, justify="left" if i == 0 or column == "window" else "right")
         return made

@@ -44,7 +44,8 @@ _LEAST: dict[str, tuple[float, bool]] = {
     **{f"optim.{k}": (0, True) for k in ("lr", "eps")},
     **{f"train.{k}": (1, False) for k in ("steps", "global_batch_size", "micro_batch_size", "log_interval")},
     **{f"train.{k}": (0, False) for k in ("seed", "eval_interval", "save_interval", "check_replicas_interval")},
-    **{f"train.{k}": (1, False) for k in ("eval_batches", "keep_checkpoints")},
+    "train.eval_batches": (0, False),
+    "train.keep_checkpoints": (1, False),
     "train.timeout_seconds": (0, True),
     "data.max_megabytes": (0, True),
     "data.valid_percent": (0, False),
@@ -95,13 +96,8 @@ def _check_numbers(config: Config) -> None:
     _refuse(config.data.valid_percent >= 100, f"data.valid_percent={config.data.valid_percent} must be below 100")
     _refuse(o.min_lr > o.lr, f"optim.min_lr={o.min_lr} is larger than optim.lr={o.lr}; lower it")
     _refuse(
-        o.warmup_steps > t.steps,
-        f"optim.warmup_steps={o.warmup_steps} is longer than train.steps={t.steps}; shorten the warm-up",
-    )
-    _refuse(
-        o.schedule == "wsd" and o.warmup_steps + o.decay_steps > t.steps,
-        f"optim.warmup_steps={o.warmup_steps} and optim.decay_steps={o.decay_steps} together are longer than "
-        f"train.steps={t.steps}; shorten one",
+        o.decay_steps > t.steps,
+        f"optim.decay_steps={o.decay_steps} is longer than train.steps={t.steps}; shorten the decay",
     )
     _refuse(
         o.decay_steps > 0 and o.schedule != "wsd",
@@ -122,6 +118,7 @@ def _check_model(config: Config) -> None:
         f"model.hidden_size={m.hidden_size} over model.heads={m.heads} must give an even whole head width (RoPE turns "
         f"pairs); change one",
     )
+    _refuse(m.rope_base != int(m.rope_base), f"model.rope_base={m.rope_base} must be a whole number")
     _refuse(m.heads % groups != 0, f"model.kv_heads={m.kv_heads} does not divide model.heads={m.heads}; use a divisor")
     _refuse(
         m.dense_layers >= m.layers,

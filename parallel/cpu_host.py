@@ -48,6 +48,8 @@ def install() -> None:
         return
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron")
+    warnings.filterwarnings("ignore", message=r".*(Transformer Engine and Apex are|Apex is) not installed.*")
+    warnings.filterwarnings("ignore", message=r"full scope is deprecated.*")
     warnings.filterwarnings("ignore", message=r".*The \.grad attribute of a Tensor that is not a leaf.*")
     _replace_namespace()
     _redirect_tensors()

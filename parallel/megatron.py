@@ -231,7 +231,7 @@ def build_chunks(
             layer.state_width = state_width
             layer.unpack_input = bool(state_width) and i == 0 and not first
             layer.pack_output = bool(state_width) and i == len(layout[stage]) - 1 and not last
-        chunks.append(chunk.to(cpu_host.device()))
+        chunks.append(chunk.to(device=cpu_host.device(), dtype=tconfig.params_dtype))
     return chunks
 
 
@@ -314,3 +314,58 @@ def wrap(config: Config, tconfig: TransformerConfig, chunks: list[GPTModel]) -> 
         no_sync = [d.no_sync for d in ddps]
         wide.no_sync_func = no_sync if len(ddps) > 1 else no_sync[0]
     return DenseSide(ddps, optimizer, wide)
+
+
+def optimizer_sharding(dense: DenseSide, world: Any) -> str:
+    """How dense optimizer state is laid out in a checkpoint (collective over `world`, so that all ranks agree).
+
+    `fully_reshardable` loads on any layout but silently corrupts buffers of more than one bucket
+    (distrib_optimizer.py:1501 against :1118); those use `dp_reshardable`, which is exact on the same layout.
+    """
+    several = any(len(buffer.buckets) > 1 for chunk in dense.chunks for buffer in chunk.buffers)
+    votes = torch.tensor([int(several)], device=cpu_host.device())
+    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=world)
+    return "dp_reshardable" if int(votes) else "fully_reshardable"
+
+
+def checkpoint_metadata(sharding: str) -> dict[str, Any]:
+    """What megatron-core's sharded state dicts want to be told."""
+    return {
+        "distrib_optim_sharding_type": sharding,
+        "chained_optim_avoid_prefix": True,
+        "non_homogeneous_layers": True,  # layers are saved by number: dense and MoE layers differ
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _distributed_optimizers(dense: DenseSide) -> list[Any]:
+    return list(getattr(dense.optimizer, "chained_optimizers", [dense.optimizer]))
+
+
+def prepare_to_load(dense: DenseSide) -> None:
+    """Optimizer state must exist before its sharded description can be made (distrib_optimizer.py:642)."""
+    for optimizer in _distributed_optimizers(dense):
+        optimizer._init_optimizer_states_with_dummy_values()
+        if not cpu_host.has_cuda():
+            _skip_step_tensor(optimizer)
+
+
+def _skip_step_tensor(optimizer: Any) -> None:
+    """torch's Adam keeps a `step` tensor per parameter that is not in the file (KeyError at distrib_optimizer.py:940)."""
+
+    def take(model_param: Any, tensors: dict[str, Tensor]) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        main = optimizer.optimizer.param_groups[group]["params"][order]
+        for key, mine in {"param": main, **optimizer.optimizer.state[main]}.items():
+            if key != "step" and key in tensors:
+                mine.data.copy_(tensors[key])
+
+    optimizer._set_main_param_and_optimizer_states = take
+
+
+def mend_after_load(dense: DenseSide) -> None:
+    """megatron-core loads one `step` tensor into all parameters (:825); torch's Adam would then count it up for each."""
+    for optimizer in _distributed_optimizers(dense):
+        for state in optimizer.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()

@@ -225,6 +225,11 @@ class SharedOptimizer:
                     w.copy_(m)
             b.gather()
 
+    def set_steps(self, step: int) -> None:
+        """Adam's step count after loading: it corrects the bias of the moments."""
+        for p in self.parameters:
+            self.adam.state[p]["step"].fill_(step)
+
     def adopt_weights(self) -> None:
         """Weights -> masters: after initialisation."""
         for b, masters in zip(self.buffers, self.masters, strict=True):

@@ -18,4 +18,5 @@ cd "${SLURM_SUBMIT_DIR:?run this with sbatch}"
 [[ -f slurm/common.sh ]] || { echo "error: submit from the repository's folder: sbatch slurm/debug.sh" >&2; exit 2; }
 source slurm/common.sh
 find_python
+export CUDA_VISIBLE_DEVICES= # CPU ranks, even on nodes with GPUs
 run_on_all_nodes --nproc-per-node 2 train "${MOUE_CONFIG:-configs/tiny.yaml}" --train.device cpu "$@"

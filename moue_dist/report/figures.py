@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from moue_dist.report.html import Picture, show
+from moue_dist.report.html import Picture, count, show
 from moue_dist.report.runs import Run, number
 from moue_dist.report.style import (
     BLUE,
     GREEN,
-    INK,
     ORANGE,
     SOFT,
     legend,
     new_figure,
+    recolour,
     smooth,
     style_axes,
     thin,
@@ -35,7 +35,8 @@ SIZE = (5.4, 3.0)  # inches: two stand side by side on a wide page, and the text
 
 def picture(title: str, caption: str, alternative: str, figure: Figure, kind: str = "") -> Picture:
     """A drawn picture, for light and for dark pages."""
-    return Picture(title, caption, alternative, to_svg(figure, "light"), to_svg(figure, "dark"), kind)
+    svg = to_svg(figure)
+    return Picture(title, caption, alternative, svg, recolour(svg, "dark"), kind)
 
 
 def loss(run: Run) -> Picture:
@@ -52,22 +53,29 @@ def loss(run: Run) -> Picture:
     words = []
     lost = len(raw) - len(finite)
     if finite:
-        smoothed = smooth(raw, max(1, len(raw) // 40))
-        _line(axes, steps, raw, BLUE, alpha=0.35, linewidth=0.8)
-        _line(axes, steps, smoothed, BLUE, label="train, smoothed", linewidth=1.8)
-        words.append(f"training loss went from {show(finite[0])} to {show(_last_finite(smoothed))} (smoothed)")
+        width = max(1, len(raw) // 40)
+        smoothed = smooth(raw, width)
+        label = "train"
+        if width > 1:
+            _line(axes, steps, raw, BLUE, alpha=0.45, linewidth=0.8, label="train, each step")
+            label = "smoothed"
+        _line(axes, steps, smoothed, BLUE, label=label, linewidth=1.8)
+        words.append(f"training loss went from {show(finite[0])} to {show(_last_finite(smoothed))}")
     if valid:
         axes.plot(*zip(*valid, strict=True), color=ORANGE, marker="o", markersize=4, linewidth=1.4, label="validation")
         words.append(f"validation loss ended at {show(valid[-1][1])}, lowest {show(min(v for _, v in valid))}")
     else:
         words.append("there was no validation")
     if lost:
-        words.append(f"{lost} step(s) had a loss that is not finite, shown as gaps")
+        words.append(f"the loss of {count(lost, 'step')} was not finite, shown as gaps")
     style_axes(axes, "step", "nats per token")
+    if lost and len(steps) > 1:  # also the steps without a loss belong to the run
+        room = 0.04 * (steps[-1] - steps[0])
+        axes.set_xlim(steps[0] - room, steps[-1] + room)
     legend(axes)
-    caption = "Training loss of each step (faint) and smoothed, and validation loss, in nats per token."
+    caption = "Training and validation loss in nats per token, over optimizer steps."
     if lost:
-        caption += f" Gaps: {lost} step(s) whose loss was not finite."
+        caption += f" Gaps: {count(lost, 'step')} whose loss was not finite."
     return picture(title, caption, _sentence("Loss over steps", words), figure)
 
 
@@ -116,12 +124,15 @@ def step_time(run: Run) -> Picture:
         legend(axes)
     style_axes(axes, "step", "seconds")
     finite = [s for s in seconds if math.isfinite(s)]
-    if max(finite) > 20 * median(finite) and min(finite) > 0:  # a slow first step must not flatten the rest
-        log_scale(axes)
-    else:
-        axes.set_ylim(bottom=0)
+    usual = [s for s in (number(line, "step_seconds") for line in run.steady()) if math.isfinite(s)] or finite
+    top = 1.2 * min(max(usual), 4 * median(usual))  # a slow first step must not flatten the rest
+    above = sum(s > top for s in finite)
+    if top > 0:
+        axes.set_ylim(0, top)
     words = [f"median {show(middle)} seconds", f"shortest {show(min(finite))}", f"longest {show(max(finite))}"]
     caption = "Seconds per optimizer step. The median leaves out the first tenth of the steps, at least two."
+    if above:
+        caption += f" {count(above, 'step')} beyond the top; the longest took {show(max(finite), 3, ' s')}."
     return picture(title, caption, _sentence("Step time", words), figure)
 
 
@@ -132,7 +143,7 @@ def rate_and_norm(run: Run) -> Picture:
     series = [row for row in series if any(map(math.isfinite, row[3]))]
     if not series:
         return Picture(title, "Neither learning rate nor gradient norm was recorded.")
-    figure = new_figure(*SIZE)
+    figure = new_figure(SIZE[0], 4.4)
     words = []
     shared: Axes | None = None
     for i, (label, colour, steps, values) in enumerate(series):
@@ -165,10 +176,9 @@ def log_scale(axes: Axes) -> None:
 
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="both", labelcolor=SOFT)
-    axes.yaxis.label.set_color(INK)
 
 
 def _last_finite(values: Sequence[float]) -> float:

@@ -18,8 +18,9 @@ STYLE = """
   --soft: #a3adb8; --link: #6cb6ff; --warn: #2b2414; --warn-line: #d69a2d; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
 p.lead { margin: .35rem 0 1.5rem; color: var(--soft); }
 a { color: var(--link); }
@@ -35,15 +36,16 @@ dl.headline small { display: block; font-size: .8rem; font-weight: 400; color: v
 figure { margin: 0; padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
+figure.wide picture { display: block; overflow-x: auto; }
+figure.wide img { min-width: 36rem; }
 figure h3 { font-size: 1rem; margin: 0 0 .4rem; }
 figure img { display: block; width: 100%; height: auto; }
 figure p { margin: .5rem 0 1rem; color: var(--soft); }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; }
-figure.ring img { max-width: 34rem; margin: 0 auto; }
+figure.ring img { max-width: 30rem; margin: 0 auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: .9rem; padding-bottom: .4rem; }
-th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: anywhere; }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 table.facts th { font-weight: 400; color: var(--soft); width: 14rem; }
 table.runs { font-size: .875rem; }
 table.runs td.number, table.runs th.number { text-align: right; overflow-wrap: normal; }
@@ -54,7 +56,7 @@ pre { margin: 0; padding: .8rem; overflow-x: auto; font-size: .85rem; border-top
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 60rem) {
   table.runs, table.runs tbody, table.runs tr, table.runs td, table.runs caption { display: block; }
-  table.runs thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  table.runs thead { display: none; }
   table.runs tr { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; margin: .75rem 0;
     padding: .4rem .8rem; }
   table.runs td, table.runs td.number { display: flex; justify-content: space-between; gap: 1rem; text-align: right;
@@ -174,6 +176,11 @@ def show(value: float, digits: int = 3, unit: str = "") -> str:
         decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
         text = f"{value:,.{max(0, decimals)}f}"
     return text + unit
+
+
+def count(number: int, noun: str) -> str:
+    """1 step, 2 steps."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def share(value: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moue_dist.model.topology import Topology, build_topology
-from moue_dist.report.style import GRID, INK, SOFT, new_figure, stage_colours, to_svg
+from moue_dist.report.style import GRID, INK, SOFT, new_figure, recolour, stage_colours, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def draw_ring(topology: Topology, layer_to_stage: Sequence[int]) -> Figure:
         if topology.layers <= 24:
             first, length = runs[0]
             x, y = _point(first - 0.5, topology.pool, radius, back=0.0 if length == topology.pool else 0.035)
-            axes.text(x, y, str(layer + 1), ha="center", va="center", size=8, color=INK)
+            axes.text(x, y, str(layer + 1), ha="center", va="center", size=8 if topology.layers <= 10 else 6, color=INK)
     _label(axes, topology, stages, colours, used=sorted(set(layer_to_stage)))
     axes.set_xlim(-1.12, 1.12)
     axes.set_ylim(-1.12, 1.12)
@@ -85,7 +85,8 @@ def write_pool_picture(path: Path) -> Path:
     """Write the picture of the documentation: 64 experts, 8 layers on 4 stages, windows of 16 that move on by 8."""
     topology = build_topology("rotational", 8, 64, window=16, stride=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_svg(draw_ring(topology, [layer // 2 for layer in range(8)]), "neutral"), encoding="utf-8")
+    svg = to_svg(draw_ring(topology, [layer // 2 for layer in range(8)]))
+    path.write_text(recolour(svg, "neutral"), encoding="utf-8")
     return path
 
 

@@ -52,7 +52,7 @@ def render_run(run: Run) -> str:
     ]
     body = [
         html.headline(headline(run)),
-        html.notes(run.notes, "Worth knowing about this run"),
+        html.notes([*run.notes, *_not_finite(run)], "Worth knowing about this run"),
         "<h2>Pictures</h2>",
         f'<div class="pictures">{"".join(picture.html() for picture in pictures)}</div>',
         "<h2>Facts</h2>",
@@ -78,7 +78,8 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     valid = [(number(line, "loss"), number(line, "step")) for line in run.valid]
     if valid:
         lowest = min((v for v in valid if math.isfinite(v[0])), default=(math.nan, 0.0))
-        small = f"at step {valid[-1][1]:,.0f}; lowest {show(lowest[0], 4)} at {lowest[1]:,.0f}"
+        small = f"at step {valid[-1][1]:,.0f}"
+        small += ", its lowest" if lowest == valid[-1] else f"; lowest {show(lowest[0], 4)} at {lowest[1]:,.0f}"
         cards.append(("Validation loss", show(valid[-1][0], 4), small))
     else:
         cards.append(("Validation loss", "–", "no validation in this run"))
@@ -136,19 +137,18 @@ def ring_picture(run: Run) -> Picture:
     if len(set(stages)) > 1:
         caption += ", coloured by pipeline stage; experts that several stages share have the colour of the text"
     figure = draw_ring(topology, stages)
-    return figures.picture(title, caption + ".", describe_ring(topology, stages), figure, "wide ring")
+    return figures.picture(title, caption + ".", describe_ring(topology, stages), figure, "ring")
 
 
 def grid(run: Run) -> str:
     """The rank grid in short, such as "TP1 EP2 PP2 DP2": from run.json, else from the configuration."""
     given = run.facts.get("grid")
-    if isinstance(given, str) and given:
-        return given
-    short = {"tensor": "TP", "expert": "EP", "pipeline": "PP", "data": "DP", "virtual": "VP", "context": "CP"}
-    if isinstance(given, Mapping) and given:
-        names = {key: short.get(key.split("_")[0], key.upper()) for key in map(str, given)}
-        shown = ((names[str(key)], value) for key, value in given.items() if isinstance(value, int))
-        return " ".join(f"{name}{value}" for name, value in shown)
+    short = {"tensor": "TP", "expert": "EP", "pipeline": "PP", "data": "DP"}
+    if isinstance(given, Mapping):
+        degrees = {kind: given.get(kind) for kind in short}
+        if isinstance(given.get("virtual_stages"), int) and given["virtual_stages"] > 1:
+            short["virtual_stages"], degrees["virtual_stages"] = "VP", given["virtual_stages"]
+        return " ".join(f"{short[kind]}{degree}" for kind, degree in degrees.items() if isinstance(degree, int))
     if not run.config:
         return ""
     kinds = ("tensor", "expert", "pipeline")
@@ -167,6 +167,14 @@ def peak_memory(run: Run) -> float:
     """The largest memory of any step, GiB; NaN where none was recorded."""
     values = [v for v in run.series("memory_gib")[1] if math.isfinite(v)]
     return max(values, default=math.nan)
+
+
+def _not_finite(run: Run) -> list[str]:
+    """A sentence where the loss was NaN or infinite at some step."""
+    steps = [number(line, "step") for line in run.train if not math.isfinite(number(line, "loss"))]
+    if not steps:
+        return []
+    return [f"The training loss was not finite at {len(steps)} of {len(run.train)} steps, first at step {steps[0]:g}."]
 
 
 def _count(value: float) -> str:

@@ -155,7 +155,7 @@ def plot(rows: Sequence[Row]) -> list[Picture]:
     told = ", ".join(f"{row.name} on {row.gpus}: {share(row.efficiency)}" for row in rows)
     efficiency = figures.picture(
         "Efficiency",
-        f"Tokens/s/GPU over that of {base.name} on {base.gpus} GPU(s). Ideal is 100%.",
+        f"Tokens/s/GPU over that of {base.name} on {html.count(base.gpus, 'GPU')}. Ideal is 100%.",
         f"Scaling efficiency against GPUs: {told}.",
         figure,
     )

@@ -1,6 +1,6 @@
 """How pictures look: matplotlib's object API without pyplot, SVG out, one drawing for light and for dark pages.
 
-Figures are drawn in the colours of a light page. `to_svg` rewrites those few colours for a dark page, or for a page
+Figures are drawn in the colours of a light page. `recolour` rewrites those few colours for a dark page, or for a page
 of unknown colour, so that a picture is drawn once and reads everywhere. The data colours are Okabe and Ito's, which
 stay apart for colour-blind readers.
 """
@@ -43,7 +43,8 @@ def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, laid out by constrained layout; no window, no global list of figures."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    # No ground of its own: the page shows through. (savefig's transparent=True would also undo the axes' hatching.)
+    return Figure(figsize=(width, height), layout="constrained", facecolor="none")
 
 
 def style_axes(axes: Axes, xlabel: str = "", ylabel: str = "") -> None:
@@ -81,16 +82,20 @@ def stage_colours(stages: int) -> list[str]:
     return [STAGES[s % len(STAGES)] for s in range(stages)]
 
 
-def to_svg(figure: Figure, page: Literal["light", "dark", "neutral"] = "light") -> str:
-    """The figure as SVG text with a transparent ground, in the colours of the given page."""
+def to_svg(figure: Figure) -> str:
+    """The figure as SVG text with a transparent ground, in the colours of a light page."""
     import matplotlib
 
     buffer = io.StringIO()
     with matplotlib.rc_context(RC):
-        figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the document type, which names an address
-    for light, other in {"light": {}, "dark": DARK, "neutral": NEUTRAL}[page].items():
+    return svg[svg.index("<svg") :]  # without the document type, which names an address
+
+
+def recolour(svg: str, page: Literal["dark", "neutral"]) -> str:
+    """A light page's picture for a dark page, or for a page whose colour is not known."""
+    for light, other in (DARK if page == "dark" else NEUTRAL).items():
         svg = svg.replace(light, other)
     return svg
 

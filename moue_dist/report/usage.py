@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moue_dist.report.figures import SIZE, picture
-from moue_dist.report.html import Picture, show
+from moue_dist.report.html import Picture, count, show
 from moue_dist.report.runs import Run
 from moue_dist.report.style import BLUE, GRID, INK, ORANGE, SOFT, legend, new_figure, stage_colours, style_axes
 
@@ -87,8 +87,10 @@ def heat_map(run: Run, usage: Usage | None) -> Picture:
     figure = _draw_heat_map(usage, load_lp, run.layer_to_stage())
     caption = (
         f"Tokens that each layer sent to each expert before step {usage.step}, as a multiple of an even share of that "
-        f"layer's window. Hatched: not in the layer's window."
+        f"layer's window."
     )
+    if not seen.all():
+        caption += " Hatched: not in the layer's window."
     if unused:
         caption += f" Orange: in the window but unused ({unused} of {int(seen.sum())} cells)."
     if not usage.known:
@@ -128,7 +130,7 @@ def pool_use(usage: Usage | None) -> Picture:
     half = int(np.searchsorted(np.cumsum(load), load.sum() / 2) + 1)
     caption = (
         f"Tokens per expert over all layers before step {usage.step}, busiest first, as a multiple of the mean. "
-        f"{usage.dead} expert(s) got no token."
+        + (f"{count(usage.dead, 'expert')} got no token." if usage.dead else "Every expert got tokens.")
     )
     alternative = (
         f"Use of {len(load)} experts, sorted: the busiest has {show(float(load[0]))} times the mean, the least used "
@@ -145,7 +147,8 @@ def _draw_heat_map(usage: Usage, load_lp: np.ndarray, stages: list[int]) -> Figu
     from matplotlib.ticker import MaxNLocator
 
     layers, pool = load_lp.shape
-    figure = new_figure(7.2, min(7.0, 1.7 + 0.24 * max(4, layers)))
+    height = min(7.5, 1.5 + 0.26 * max(6, layers))
+    figure = new_figure(9.0, height)
     axes = figure.add_subplot()
     # A few very busy cells must not darken all others: the scale ends at the 99th percentile, and says so.
     top = max(2.0, float(np.nanpercentile(load_lp, 99)))
@@ -157,7 +160,11 @@ def _draw_heat_map(usage: Usage, load_lp: np.ndarray, stages: list[int]) -> Figu
     axes.grid(False)
     axes.patch.set(hatch="//////", edgecolor=GRID, facecolor="none", linewidth=0)
     axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(-0.5, pool - 0.5, layers - 0.5, -0.5))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    if pool % 8 == 0:  # the strides of pools are round in powers of two
+        axes.set_xticks(range(0, pool + 1, pool // 8))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    axes.set_xlim(-0.5, pool - 0.5)
     every = max(1, layers // 16)
     axes.set_yticks(range(0, layers, every), [str(n) for n in usage.layers[::every]])
     if layers <= 40:
@@ -167,17 +174,25 @@ def _draw_heat_map(usage: Usage, load_lp: np.ndarray, stages: list[int]) -> Figu
         _mark_stages(axes, stages)
     over = bool(np.nanmax(load_lp) > top)
     bar = figure.colorbar(
-        ScalarMappable(norm, colours), ax=axes, pad=0.01, fraction=0.035, extend="max" if over else "neither"
+        ScalarMappable(norm, colours),
+        ax=axes,
+        pad=0.01,
+        fraction=0.03,
+        aspect=8 * height,
+        extend="max" if over else "neither",
     )
     bar.set_label("times an even share", color=SOFT)
     bar.ax.tick_params(colors=SOFT, length=0, labelsize=8.5)
     bar.outline.set_visible(False)
-    handles = [
-        Patch(facecolor="none", edgecolor=SOFT, hatch="//////", linewidth=0.5, label="not in the layer's window")
-    ]
+    handles = []
+    if not np.isfinite(load_lp).all():
+        handles.append(
+            Patch(facecolor="none", edgecolor=SOFT, hatch="//////", linewidth=0.5, label="not in the window")
+        )
     if (load_lp == 0).any():
         handles.append(Patch(facecolor=ORANGE, label="in the window, unused"))
-    legend(axes, handles=handles)
+    if handles:
+        legend(axes, handles=handles)
     return figure
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from moue_dist.config import ConfigError
 from moue_dist.launchers.env import expand_hosts, read_env, slurm_port
 from moue_dist.launchers.local import launch_module
-from moue_dist.launchers.slurm import torchrun_command
+from moue_dist.launchers.slurm import plan_node
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a"}
@@ -114,14 +114,17 @@ def test_port_follows_from_the_job() -> None:
     assert slurm_port({"SLURM_JOB_ID": "1", "MASTER_PORT": "777"}) == 777
 
 
-def test_torchrun_of_a_slurm_node() -> None:
-    command, ranks = torchrun_command(["--nproc-per-node", "8", "train", "c.yaml", "--train.steps", "1"], SRUN)
-    assert ranks == 8
-    assert {"--nnodes=2", "--node-rank=1", "--master-addr=gpu09", "--nproc-per-node=8"} <= set(command)
-    assert command[-6:] == ["-m", "moue_dist", "train", "c.yaml", "--train.steps", "1"]
-    assert torchrun_command(["train", "c.yaml"], {**SRUN, "SLURM_GPUS_ON_NODE": "4"})[1] == 4
-    with pytest.raises(ConfigError, match="--nproc-per-node"):
-        torchrun_command(["train", "c.yaml"], SRUN)
+def test_one_node_of_a_slurm_job() -> None:
+    nodes, ranks, rest = plan_node(["--nproc-per-node", "8", "train", "c.yaml", "--train.steps", "1"], SRUN)
+    assert (nodes.count, nodes.rank, ranks) == (2, 1, 8)
+    assert nodes.endpoint == f"gpu09:{slurm_port(SRUN)}"
+    assert rest == ["train", "c.yaml", "--train.steps", "1"]
+    assert plan_node(["train", "c.yaml"], {**SRUN, "SLURM_GPUS_ON_NODE": "4"})[1] == 4
+    for bad in (["train", "c.yaml"], ["--nproc-per-node"], ["--nproc-per-node", "0", "train"]):
+        with pytest.raises(ConfigError, match="--nproc-per-node"):
+            plan_node(bad, SRUN)
+    with pytest.raises(ConfigError, match="inside a Slurm job"):
+        plan_node(["--nproc-per-node", "8", "train", "c.yaml"], {})
 
 
 def test_ranks_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,8 +41,9 @@ def train_line(step: int, **changes: Any) -> dict[str, Any]:
     line = {
         "kind": "train", "step": step, "tokens": 2048 * step, "loss": 2.0 + 3.5 * math.exp(-step / 12),
         "aux": {"uelb": 0.01, "z_loss": 0.0}, "grad_norm": 1.0 + 0.2 * math.sin(step), "lr": 1e-3 * min(1.0, step / 5),
-        "step_seconds": 0.8 + 0.05 * math.cos(step), "tokens_per_s_per_gpu": 1000.0, "tflops_per_gpu": 0.01, "mfu": None,
-        "mfu_note": "unknown device: no peak rate", "memory_gib": 1.25, "power_watts": None, "joules_per_token": None,
+        "step_seconds": 0.8 + 0.05 * math.cos(step), "tokens_per_s_per_gpu": 1000.0, "tflops_per_gpu": 0.01,
+        "mfu": None, "mfu_note": "unknown device: no peak rate", "memory_gib": 1.25, "power_watts": None,
+        "joules_per_token": None,
         "load": {
             "pool_max_over_mean": 1.4 + 1 / step, "layer_max_over_mean": 2.0 + 3 / step, "dead": 0, "entropy": 0.98,
         },
@@ -69,7 +70,7 @@ def metrics(config: Config, steps: int = 40, valid: bool = True, **changes: Any)
         if step % 10 == 0:
             lines.append(usage_line(config, step, step))
             if valid:
-                lines.append({"kind": "valid", "step": step, "loss": lines[-2]["loss"] + 0.1})
+                lines.append({"kind": "valid", "step": step, "loss": 2.1 + 3.5 * math.exp(-step / 12)})
     return [*lines, {"kind": "event", "step": steps, "what": "saved checkpoint <last>"}]
 
 
@@ -86,9 +87,9 @@ def write_run(
     (folder / "config.yaml").write_text(dump_config(config))
     run = {
         "versions": {"moue_dist": "0.1.0", "torch": "2.13.0", "megatron_core": "0.16.1"},
-        "device": "cpu",
+        "device": "CPU",
         "world_size": world,
-        "grid": {"tensor": 1, "expert": 2, "pipeline": 2, "data": 2},
+        "grid": {"pipeline": 2, "virtual_stages": 1, "expert": 2, "tensor": 1, "data": 2, "placement": "replicate"},
         "parameters": {"total": 1_600_000, "activated": 400_000},
         "flops_per_token": 2_400_000,
         "commit": "abc1234",
@@ -212,7 +213,7 @@ def test_what_the_program_itself_writes_is_read(tmp_path: Path) -> None:
         (metrics(CONFIG, 3, valid=False), "", 5, "no validation in this run"),
         (metrics(CONFIG, 12), '{"kind": "train", "step": 13, "lo', 7, "cut off"),
         (metrics(CONFIG, 12), "\0\0garbage\n[1]\n", 7, "2 unreadable line(s)"),
-        (metrics(CONFIG, 12, loss=math.nan), "", 7, "12 step(s) whose loss was not finite"),
+        (metrics(CONFIG, 12, loss=math.nan), "", 7, "12 steps whose loss was not finite"),
         (metrics(CONFIG, 12, valid=False, loss=None), "", 6, "No finite loss was recorded."),
         (metrics(CONFIG, 12, load=None, lr=None, grad_norm=None, step_seconds=None), "", 4, "No load was recorded."),
         (metrics(CONFIG, 12, load={"dead": 3}, aux=None, tokens_per_s_per_gpu=math.inf), "", 6, "of 40: not finished"),
@@ -272,7 +273,7 @@ def test_dead_experts_are_counted_over_the_pool(tmp_path: Path) -> None:
     for row in line["counts"]:
         row[5] = row[40] = 0
     page = report(write_run(tmp_path / "run", lines=[train_line(10), line]))
-    assert "2 expert(s) got no token." in page.text
+    assert "2 experts got no token." in page.text
     assert any("2 are dead" in text for text in page.alternatives)
 
 
@@ -319,7 +320,7 @@ def test_every_topology_can_be_drawn(kind: Any, pool: int) -> None:
 def test_seams_are_the_experts_that_two_stages_reach() -> None:
     topology = build_topology("rotational", 4, 32, window=16, stride=8)
     shared = [e for e, stages in enumerate(reached_by(topology, [0, 0, 1, 1])) if len(stages) > 1]
-    assert shared == [*range(0, 8), *range(16, 24)]  # layers 1-2 see 0..23, layers 3-4 see 16..31 and 0..7
+    assert shared == [*range(8), *range(16, 24)]  # layers 1-2 see 0..23, layers 3-4 see 16..31 and 0..7
     with pytest.raises(ValueError):
         draw_ring(topology, [0, 1])
 
@@ -351,7 +352,7 @@ def scaling_runs(tmp_path: Path) -> list[Path]:
             line["load"] = {"pool_max_over_mean": 1.5, "layer_max_over_mean": 3.0}
         train = replace(CONFIG.train, global_batch_size=16 * gpus)
         config = replace(CONFIG, name=f"gpu{gpus}", train=train)
-        facts = {"device": "NVIDIA H200", "grid": {"data": gpus}}
+        facts: dict[str, Any] = {"device": "NVIDIA H200", "grid": {"data": gpus}}
         folders.append(write_run(tmp_path / f"gpu{gpus}", config, lines, world=gpus, **facts))
     return folders
 
@@ -422,7 +423,7 @@ def test_runs_of_different_models_are_warned_of(tmp_path: Path, capsys: pytest.C
     told = " ".join(capsys.readouterr().out.split())
     for place in (told, Page(output).text):
         assert "moe.window is 16 in tiny, 32 in b" in place
-        assert "Different devices: cpu in tiny, NVIDIA H200 in b" in place
+        assert "Different devices: CPU in tiny, NVIDIA H200 in b" in place
         assert "Not weak scaling: sequences per GPU and step are 16 in tiny, 8 in b" in place
 
 
@@ -502,7 +503,7 @@ def test_smoothing_starts_at_the_first_value_and_passes_over_nan() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0.0, "0.00"), (1.0, "1.00"), (0.01234, "0.0123"), (12345.6, "12,346"), (99.95, "100.0"), (123.4, "123"),
+        (0.0, "0"), (1.0, "1.00"), (0.01234, "0.0123"), (12345.6, "12,346"), (99.95, "100.0"), (123.4, "123"),
         (1e-7, "1.00e-07"), (math.nan, "–"), (math.inf, "∞"), (-2.5, "-2.50"),
     ],
 )  # fmt: skip

@@ -281,5 +281,4 @@ def test_two_layers_that_share_experts_add_up_under_te():
         y.float().square().sum().backward()
         grads.append(slab.grad.clone())
     assert relative(grads[1], grads[0]) < 2 * LIMIT[torch.bfloat16]
-    assert (grads[1][1:3].norm(dim=1) > 1.2 * grads[1][[0, 3]].norm(dim=1).min()).all()
     assert not any(w.grad is not None for w in slab.te.fc1.parameters())

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from moue_dist.config import Config
 from moue_dist.parallel import cpu_host
+from moue_dist.validate import Resolved
+
+ON_CPU = Resolved("cpu", False, "loop", None)
 
 
 @dataclass
@@ -51,7 +54,7 @@ def train(config: Config, steps: int = 5, kill_experts: tuple[int, ...] = ()) ->
     from moue_dist.parallel.pool_sync import check_replicas
     from moue_dist.step import train_step
 
-    system = build_system(config, dist.get_rank(), dist.get_world_size())
+    system = build_system(config, dist.get_rank(), dist.get_world_size(), ON_CPU)
     try:
         if kill_experts:
             system.context.balance.bias[list(kill_experts)] = -1e9

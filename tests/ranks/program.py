@@ -8,11 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-from moue_dist.launchers.env import read_env
+from moue_dist.launchers.env import export, read_env
 
 
 def main(argv: list[str]) -> int:
     place = read_env()
+    export(place)
     action, folder = argv[0], Path(argv[1])
     (folder / f"rank{place.rank}").write_text(f"{os.getpid()} {place.source} {os.environ.get('OMP_NUM_THREADS')}")
     if action == "sum":

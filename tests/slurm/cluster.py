@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,8 +42,9 @@ def missing() -> str:
 class Cluster:
     """Nodes node1, node2, ... with `gpus` pretended GPUs each; a context manager."""
 
-    def __init__(self, folder: Path, nodes: int = 2, gpus: int = 8) -> None:
-        self.folder = folder
+    def __init__(self, nodes: int = 2, gpus: int = 8) -> None:
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="moue-slurm-"))
+        folder.chmod(0o755)  # munged refuses a socket that others cannot reach
         self.nodes = [f"node{i + 1}" for i in range(nodes)]
         self.gpus = gpus
         allowed = subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
@@ -82,6 +85,7 @@ class Cluster:
         if self.separate:
             self._ip(f"link del {self._bridge}", check=False)
         self._daemons = []
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def call(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
         """Runs one of Slurm's commands; its output, errors included."""
@@ -150,7 +154,9 @@ class Cluster:
         names = "".join(f"{where} {node}\n" for node, where in zip(self.nodes, address, strict=True))
         (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/dev/nvidia[0-{self.gpus - 1}]\n")
-        (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        version = re.findall(r"\d+", self.call("slurmctld", "-V"))
+        if (int(version[0]), int(version[1])) >= (23, 11):  # older ones need no word, and do not know this one
+            (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n{controller} {host}\n{names}")
         (folder / "munge.key").touch(0o600)
         (folder / "munge.key").write_bytes(os.urandom(64))

@@ -1,0 +1,176 @@
+"""Checkpoints on megatron-core's dist_checkpointing: dense weights and optimizer, pool, balance, progress.
+
+The pool is one global tensor [P, row] each for fp32 weights and moments: no layer axis, no stage axis, so topology,
+placement and layout may differ between save and load. A checkpoint appears under its name when it is whole, and
+`latest` names it after that; a run killed in between finds the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from moue_dist.build import System
+from moue_dist.config import ConfigError
+from moue_dist.parallel import megatron
+from moue_dist.parallel.pool_sync import check_replicas
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: finished optimizer steps and tokens seen."""
+
+    step: int
+    tokens: int
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names, or None. Raises ConfigError where it names one that is gone."""
+    pointer = folder / "latest"
+    if not pointer.exists():
+        return None
+    path = folder / pointer.read_text().strip()
+    if not (path / "moue.json").is_file():
+        raise ConfigError(
+            f"{pointer} names {path.name}, which is not a complete checkpoint: write the name of another "
+            f"step_* folder into it, or move {folder} away to start afresh"
+        )
+    return path
+
+
+def save(system: System, folder: Path, progress: Progress, keep: int) -> Path:
+    """Write `folder/step_XXXXXXXX` and point `latest` at it (collective). Keeps the newest `keep` checkpoints."""
+    path = folder / f"step_{progress.step:08d}"
+    part = folder / f".writing_{path.name}"
+    if system.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier(group=system.groups.world)
+    sharding = megatron.optimizer_sharding(system.dense, system.groups.world)
+    dist_checkpointing.save(_state(system, sharding, loading=False), str(part))
+    dist.barrier(group=system.groups.world)
+    if system.rank == 0:
+        _describe(system, progress, sharding, part)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(part, path)
+        pointer = folder / ".latest"
+        pointer.write_text(path.name + "\n")
+        os.replace(pointer, folder / "latest")
+        for old in sorted(folder.glob("step_*"))[:-keep]:
+            if old != path:
+                shutil.rmtree(old, ignore_errors=True)
+    dist.barrier(group=system.groups.world)
+    return path
+
+
+def load(system: System, path: Path) -> Progress:
+    """Take weights, optimizer state and balance from `path` (collective). Raises ConfigError on another model."""
+    about = json.loads((path / "moue.json").read_text())
+    _check_same_model(system, about, path)
+    megatron.prepare_to_load(system.dense)
+    state = dist_checkpointing.load(_state(system, about["optimizer_sharding"], loading=True), str(path))
+    for name, chunk in zip(_chunk_names(system), system.chunk_modules(), strict=True):
+        chunk.load_state_dict(state[name])
+    system.dense.optimizer.load_state_dict(state["optimizer"])
+    megatron.mend_after_load(system.dense)
+    _take_shared(system, state["shared"], about["step"])
+    system.context.balance.load_state_dict({k: v.to(system.device) for k, v in state["balance"].items()})
+    check_replicas(system.shared.buffers)
+    return Progress(about["step"], about["tokens"])
+
+
+def _chunk_names(system: System) -> list[str]:
+    return [f"model{i}" for i in range(len(system.dense.chunks))] if len(system.dense.chunks) > 1 else ["model"]
+
+
+def _state(system: System, sharding: str, *, loading: bool) -> dict[str, Any]:
+    metadata = megatron.checkpoint_metadata(sharding)
+    models = {
+        name: chunk.sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(_chunk_names(system), system.chunk_modules(), strict=True)
+    }
+    optimizer = system.dense.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=metadata)
+    balance = {k: v.cpu() for k, v in system.context.balance.state_dict().items()}
+    return {**models, "optimizer": optimizer, "shared": _shared_entries(system), "balance": balance}
+
+
+def _shared_entries(system: System) -> dict[str, ShardedTensor]:
+    """Every share of every synced buffer, by unit: the key names the global tensor, the offsets the place in it."""
+    entries = {}
+    for i, buffer in enumerate(system.shared.buffers):
+        for name, shares in system.shared.states(i).items():
+            for segment, offset, length, row, piece in buffer.share_units():
+                data = shares[segment][offset : offset + length].view(1, length)
+                entries[f"{buffer.name}.{name}.{row}.{piece}"] = ShardedTensor.from_rank_offsets(
+                    f"{buffer.name}.{name}", data, (0, row, buffer.global_rows), (1, piece, buffer.pieces)
+                )
+    return entries
+
+
+def _take_shared(system: System, loaded: dict[str, torch.Tensor], step: int) -> None:
+    with torch.no_grad():
+        for i, buffer in enumerate(system.shared.buffers):
+            for name, shares in system.shared.states(i).items():
+                for segment, offset, length, row, piece in buffer.share_units():
+                    value = loaded[f"{buffer.name}.{name}.{row}.{piece}"]
+                    shares[segment][offset : offset + length].copy_(value.view(length))
+    system.shared.set_steps(step)
+    system.shared.publish()
+
+
+def _describe(system: System, progress: Progress, sharding: str, folder: Path) -> None:
+    about = {
+        "format": FORMAT,
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "optimizer_sharding": sharding,
+        "layout": _layout_of(system),
+        "model": _model_of(system),
+    }
+    (folder / "moue.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _model_of(system: System) -> dict[str, Any]:
+    m, e = system.config.model, system.config.moe
+    names = ("layers", "hidden_size", "heads", "kv_heads", "vocab_size", "dense_layers", "qk_norm", "tied_head")
+    moe = ("pool", "expert_width", "router", "state_width", "shared_expert_width")
+    return {f"model.{n}": getattr(m, n) for n in names} | {f"moe.{n}": getattr(e, n) for n in moe}
+
+
+def _layout_of(system: System) -> dict[str, Any]:
+    mesh, p = system.mesh, system.config.parallel
+    return {
+        "world": mesh.world,
+        "pipeline_parallel": mesh.pipeline,
+        "virtual_stages": mesh.virtual,
+        "tensor_parallel": mesh.tensor,
+        "stage_layers": list(p.stage_layers),
+    }
+
+
+def _check_same_model(system: System, about: dict[str, Any], path: Path) -> None:
+    if about["format"] != FORMAT:
+        raise ConfigError(f"{path} has checkpoint format {about['format']}, this version reads {FORMAT}")
+    for name, mine in _model_of(system).items():
+        if about["model"][name] != mine:
+            raise ConfigError(
+                f"{path} was trained with {name}={about['model'][name]}, this run has {mine}: use the same model, "
+                "or another name= for a run of its own"
+            )
+    if about["optimizer_sharding"] == "dp_reshardable" and about["layout"] != _layout_of(system):
+        raise ConfigError(
+            f"{path} holds dense optimizer state in several buckets, which resumes on the layout it was saved with: "
+            f"{about['layout']}; this run has {_layout_of(system)}"
+        )
