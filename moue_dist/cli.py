@@ -149,6 +149,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"--nproc {args.nproc}: the ranks were already started by {place.source}; leave it out")
     from moue_dist.train import run
 
+    export(place)
     return run(config, place)
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +21,7 @@ from moue_dist.flops import flops_per_token, parameters
 from moue_dist.kernels.backend import has_transformer_engine
 from moue_dist.load import dump_config
 from moue_dist.parallel import cpu_host
+from moue_dist.provenance import commit, versions
 from moue_dist.validate import Resolved, validate
 
 
@@ -42,9 +41,9 @@ def run(config: Config, place: Place) -> int:
 
     Raises ConfigError for what the user can mend. torch.distributed's variables (MASTER_ADDR ...) are set.
     """
-    resolved, device = _resolve(config, place)
+    resolved, device = resolve(config, place)
     cpu_host.install()
-    with _process_group(config, place):
+    with process_group(config, place):
         from moue_dist.build import build_system
         from moue_dist.loop import train_loop
         from moue_dist.step import TrainingError
@@ -62,7 +61,7 @@ def run(config: Config, place: Place) -> int:
     return 0
 
 
-def _resolve(config: Config, place: Place) -> tuple[Resolved, Device | None]:
+def resolve(config: Config, place: Place) -> tuple[Resolved, Device | None]:
     """Validate against this machine and pick its GPU."""
     cuda = config.train.device != "cpu" and cpu_host.has_cuda()
     device = None
@@ -84,7 +83,7 @@ def _resolve(config: Config, place: Place) -> tuple[Resolved, Device | None]:
 
 
 @contextmanager
-def _process_group(config: Config, place: Place) -> Iterator[None]:
+def process_group(config: Config, place: Place) -> Iterator[None]:
     """The default group: NCCL (with gloo for host tensors) on GPUs, gloo elsewhere; left in good order."""
     timeout = timedelta(seconds=config.train.timeout_seconds)
     where: dict[str, Any] = {"backend": "gloo"}
@@ -115,7 +114,7 @@ def _describe(config: Config, place: Place, resolved: Resolved, device: Device |
     """config.yaml and run.json: what ran, on what, made of what."""
     counts, p = parameters(config), config.parallel
     about = {
-        "versions": _versions(),
+        "versions": versions(),
         "device": device.name if device else "CPU",
         "machine": platform.machine(),
         "world_size": place.world_size,
@@ -130,29 +129,7 @@ def _describe(config: Config, place: Place, resolved: Resolved, device: Device |
         "resolved": resolved._asdict(),
         "parameters": {"total": counts.total, "activated": counts.activated},
         "flops_per_token": flops_per_token(config).total,
-        "commit": _commit(),
+        "commit": commit(),
     }
     (run_dir / "config.yaml").write_text(dump_config(config))
     (run_dir / "run.json").write_text(json.dumps(about, indent=2) + "\n")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("moue-dist", "torch", "megatron-core", "transformer-engine", "triton", "deepspeed"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this code runs from, with '+' where files differ from it; None outside of one."""
-    here = Path(__file__).resolve().parent.parent
-    try:
-        git = ["git", "-C", str(here)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

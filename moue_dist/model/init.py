@@ -48,7 +48,9 @@ def initialise_dense(config: Config, chunk: nn.Module, layers: Sequence[int], tp
         std = _std(name, config)
         if std is None:
             continue
-        values = draw(name, full_shape(p, tp_size), std, config.train.seed, p.device)
+        tied = config.model.tied_head and name == "output_layer.weight"  # the last stage's copy of the embedding
+        source = "embedding.word_embeddings.weight" if tied else name
+        values = draw(source, full_shape(p, tp_size), std, config.train.seed, p.device)
         p.copy_(take_shard(name, values, p, tp_rank, tp_size))
 
 

@@ -1,34 +1,52 @@
-"""Runs inside the ranks: train a small model in some layout and hand back what the one-process reference can check."""
+"""Runs inside the ranks: build a layout, train it on random tokens, hand back what one process can check.
+
+Ranks answer with their own view (`Trained`); `merge` puts the parts of all ranks together under global names, which
+are those of `tests/reference.py`. `Yardstick` is the other side: the reference trained on the same tokens.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moue_dist.config import Config
+from moue_dist.config import Config, ParallelConfig
 from moue_dist.parallel import cpu_host
+from moue_dist.schedules import learning_rate
 from moue_dist.validate import Resolved
+from tests.reference import Reference, Routing
+from tests.reference import train as train_reference
 
 ON_CPU = Resolved("cpu", False, "loop", None)
+CLOSEST = 1e-5  # how near, relative to the scores, two experts may come where one of them is chosen
+
+Part = tuple[str, Tensor, int | None]  # global name, this rank's tensor, tensor-parallel axis or None
 
 
 @dataclass
 class Trained:
-    """One rank's view of a run. Weights are (global name, tensor, tensor-parallel axis or None)."""
+    """One rank's view of a run; the lists have an entry per step."""
 
     losses: list[float]
     norms: list[float]
     aux: list[dict[str, float]]
     counts: list[Tensor]
-    initial: list[tuple[str, Tensor, int | None]]
-    final: list[tuple[str, Tensor, int | None]]
+    bias: Tensor
+    initial: list[Part]
+    final: list[Part]
     tp: int
 
 
-def tokens_of(config: Config, steps: int, seed: int = 7) -> Tensor:
+# Data.
+
+
+def tokens_of(config: Config, steps: int, seed: int) -> Tensor:
     """[steps, G, s + 1] random tokens: inputs and labels are its two shifts."""
     g = torch.Generator().manual_seed(seed)
     shape = (steps, config.train.global_batch_size, config.model.sequence_length + 1)
@@ -46,30 +64,87 @@ def microbatches(config: Config, step_tokens: Tensor, dp: int, data: int) -> lis
     return out
 
 
-def train(config: Config, steps: int = 5, kill_experts: tuple[int, ...] = ()) -> Trained:
-    """Build the layout, train `steps` steps on random tokens, return losses and weights."""
+# Inside the ranks.
+
+
+def build(config: Config) -> Any:
+    """This rank's system; `parallel.megatron.shut_down` ends it."""
     cpu_host.install()
     from moue_dist.build import build_system
+
+    system = build_system(config, dist.get_rank(), dist.get_world_size(), ON_CPU)
+    liven(system)
+    return system
+
+
+@torch.no_grad()
+def liven(system: Any) -> None:
+    """Norms and the state's transition start at 1 and 0, which hides errors: move them, by name, in every layout."""
+    from moue_dist.model.init import draw, global_names
+
+    for stage, chunk in zip(system.my_stages, system.chunk_modules(), strict=True):
+        for name, p in global_names(chunk, system.layout[stage]):
+            if p.dim() == 1:
+                p.add_(draw(name, tuple(p.shape), 0.2, 1, p.device))
+    for name, p in system.context.shared_router.named_parameters():
+        if name == "transition":
+            p.add_(draw(name, tuple(p.shape), 0.3, 1, p.device))
+
+
+def initial_weights(config: Config) -> Trained:
+    """What a layout starts from."""
+    from moue_dist.parallel import megatron
+
+    system = build(config)
+    try:
+        return Trained([], [], [], [], system.context.balance.bias, collect(system), [], system.coord.tp)
+    finally:
+        megatron.shut_down()
+
+
+def train(
+    config: Config,
+    seed: int,
+    *,
+    start: int = 0,
+    stop: int = 5,
+    kill: tuple[int, ...] = (),
+    load: Path | None = None,
+    save: Path | None = None,
+    check_every: int = 0,
+) -> Trained:
+    """Build the layout, train steps `start` to `stop` of a run of `train.steps` steps, return losses and weights.
+
+    `load` and `save` are checkpoint folders; `kill` are experts that the loss-free bias hides from the router;
+    `check_every` is the interval in steps of the replicas' bit-equality check, which also ends the run.
+    """
+    from moue_dist import checkpoint
     from moue_dist.parallel import megatron
     from moue_dist.parallel.pool_sync import check_replicas
     from moue_dist.step import train_step
 
-    system = build_system(config, dist.get_rank(), dist.get_world_size(), ON_CPU)
+    system = build(config)
     try:
-        if kill_experts:
-            system.context.balance.bias[list(kill_experts)] = -1e9
-        initial = collect(system)
-        tokens = tokens_of(config, steps)
-        results = [
-            train_step(system, microbatches(config, tokens[i], system.coord.dp, system.mesh.data), i)
-            for i in range(steps)
-        ]
+        system.context.balance.bias[list(kill)] = -1e9
+        if load is not None:
+            newest = checkpoint.newest(load)
+            assert newest is not None
+            assert checkpoint.load(system, newest).step == start
+        initial, tokens, results = collect(system), tokens_of(config, config.train.steps, seed), []
+        for i in range(start, stop):
+            mine = microbatches(config, tokens[i], system.coord.dp, system.mesh.data)
+            results.append(train_step(system, mine, i))
+            if check_every and (i + 1) % check_every == 0:
+                check_replicas(system.shared.buffers)
         check_replicas(system.shared.buffers)
+        if save is not None:
+            checkpoint.save(system, save, checkpoint.Progress(stop, 0), keep=9)
         return Trained(
             [r.loss for r in results],
             [r.grad_norm for r in results],
             [r.aux for r in results],
             [r.counts_lp for r in results],
+            system.context.balance.bias.clone(),
             initial,
             collect(system),
             system.coord.tp,
@@ -78,14 +153,16 @@ def train(config: Config, steps: int = 5, kill_experts: tuple[int, ...] = ()) ->
         megatron.shut_down()
 
 
-def collect(system) -> list[tuple[str, Tensor, int | None]]:  # type: ignore[no-untyped-def]
+def collect(system: Any) -> list[Part]:
     """This rank's weights by global name; pool rows as pool.<expert>."""
     from moue_dist.model.init import global_names
 
-    out: list[tuple[str, Tensor, int | None]] = []
+    out: list[Part] = []
     for stage, chunk in zip(system.my_stages, system.chunk_modules(), strict=True):
         for name, p in global_names(chunk, system.layout[stage]):
             axis = p.partition_dim if getattr(p, "tensor_model_parallel", False) else None
+            if name == "output_layer.weight" and system.config.model.tied_head:
+                name = "embedding.word_embeddings.weight"  # the last stage's copy
             out.append((name, p.detach().clone(), axis))
     for e, row in zip(system.context.pool.ids, system.context.pool.buffer.weight, strict=True):
         out.append((f"pool.{e}", row.clone(), None))
@@ -94,8 +171,11 @@ def collect(system) -> list[tuple[str, Tensor, int | None]]:  # type: ignore[no-
     return out
 
 
-def merge(parts: list[Trained], which: str) -> dict[str, Tensor]:
-    """Full weights from all ranks; asserts that copies are equal."""
+# In the test process.
+
+
+def merge(parts: Sequence[Trained], which: str) -> dict[str, Tensor]:
+    """Full weights from all ranks, `which` is `initial` or `final`; asserts that copies are equal to the bit."""
     pieces: dict[str, dict[int, Tensor]] = {}
     axes: dict[str, int | None] = {}
     for part in parts:
@@ -103,12 +183,11 @@ def merge(parts: list[Trained], which: str) -> dict[str, Tensor]:
             axes[name] = axis
             slot = pieces.setdefault(name, {})
             key = part.tp if axis is not None else 0
-            assert key not in slot or torch.allclose(slot[key], tensor, rtol=1e-6, atol=1e-8), f"copies of {name} differ"
+            assert key not in slot or torch.equal(slot[key], tensor), f"copies of {name} differ"
             slot[key] = tensor
     full = {}
     for name, slot in pieces.items():
-        shards = [slot[i] for i in sorted(slot)]
-        axis = axes[name]
+        shards, axis = [slot[i] for i in sorted(slot)], axes[name]
         if axis is None or len(shards) == 1:
             full[name] = shards[0]
         elif name.endswith("linear_fc1.weight"):
@@ -120,3 +199,65 @@ def merge(parts: list[Trained], which: str) -> dict[str, Tensor]:
     if rows:
         full["pool.weight"] = torch.stack([full.pop(n) for n in rows])
     return full
+
+
+class Watched(Reference):
+    """Notes how close two experts came where one was chosen and the other was not, relative to the scores.
+
+    Such a choice may go either way in another order of additions, and the runs part: no data to compare layouts with.
+    """
+
+    closest = math.inf
+
+    def route(self, x_td: Tensor, layer: int, state_tr: Tensor) -> Routing:
+        routing, moe = super().route(x_td, layer, state_tr), self.config.moe
+        logits = routing.logits_tw.detach()
+        basis = logits if moe.score == "topk_softmax" else logits.softmax(-1)
+        if moe.router == "sigmoid":
+            basis = logits.sigmoid()
+        if moe.router == "norm":
+            basis = logits / logits.norm(dim=-1, keepdim=True)
+            self.closest = min(self.closest, float(basis.abs().min()))  # relu has its kink here
+        if moe.top_k < basis.shape[1]:
+            best = (basis + self.bias_p[list(self.topology.windows[layer])]).topk(moe.top_k + 1, dim=-1).values
+            self.closest = min(self.closest, float(((best[:, -2] - best[:, -1]) / basis.abs().amax(-1)).min()))
+        return routing
+
+
+@dataclass
+class Yardstick:
+    """The reference's run of a configuration, the same for every layout."""
+
+    seed: int
+    initial: dict[str, Tensor]
+    losses: list[float]
+    record: list[dict[str, Any]] = field(default_factory=list)
+    final: dict[str, Tensor] = field(default_factory=dict)
+    bias: Tensor | None = None
+
+
+def one_process(config: Config) -> Config:
+    """The configuration without its layout: one rank, the global batch in one piece."""
+    whole = replace(config.train, micro_batch_size=config.train.global_batch_size)
+    return replace(config, parallel=ParallelConfig(), train=whole)
+
+
+def run_reference(config: Config, initial: dict[str, Tensor], kill: Iterable[int] = ()) -> Yardstick:
+    """Train the reference `train.steps` steps, on the first random tokens on which no choice is a near tie."""
+    torch.set_num_threads(1)  # tensors this small are slower on several
+    steps = config.train.steps
+    rates = [learning_rate(config.optim, i, steps) for i in range(steps)]
+    alone = one_process(config)
+    for seed in range(50):
+        model, record = Watched(alone), []
+        model.load(initial)
+        model.bias_p[list(kill)] = -1e9
+        batches = [
+            [[(b["tokens"], b["labels"]) for b in microbatches(alone, tokens, 0, 1)]]
+            for tokens in tokens_of(alone, steps, seed)
+        ]
+        losses = train_reference(model, batches, config.optim, rates, record)
+        if model.closest > CLOSEST:
+            final = {name: p.detach() for name, p in model.weights.items()}
+            return Yardstick(seed, initial, losses, record, final, model.bias_p)
+    raise AssertionError("every seed has a near tie")

@@ -1,0 +1,211 @@
+"""megatron-core's own MoE in the shape of a configuration: what our training step is measured against.
+
+Everything is stock: TransformerLayer, MoELayer, TopKRouter, the all-to-all dispatcher, Transformer Engine's grouped
+GEMMs and every fusion it has where it is installed, DistributedDataParallel with overlapped gradient reduction,
+DistributedOptimizer. Widths, numbers, parallel degrees, batches and learning rates are the configuration's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moue_dist.config import Config, ConfigError
+from moue_dist.parallel import cpu_host, megatron
+from moue_dist.parallel.mesh import Mesh
+from moue_dist.schedules import learning_rate
+from moue_dist.step import Batch, _forward_step
+from moue_dist.validate import Resolved
+
+
+def plain_form(config: Config) -> Config:
+    """The plain MoE of the same size that megatron-core can train: pool / MoE layers experts a layer, stock router.
+
+    Raises ConfigError where that is no whole number, or does not go with top_k and expert parallelism.
+    """
+    e = config.moe
+    router = "sigmoid" if e.router == "sigmoid" else "softmax"
+    plain = replace(config, moe=replace(e, topology="private", window=0, stride=0, group=1, router=router))
+    window, ep = plain.topology().window, config.parallel.expert_parallel
+    if window < e.top_k or window % ep:
+        raise ConfigError(
+            f"the baseline has {window} experts a layer (moe.pool={e.pool} / {config.moe_layers} MoE layers), which "
+            f"moe.top_k={e.top_k} and parallel.expert_parallel={ep} do not fit; change one, or leave --baseline out"
+        )
+    return plain
+
+
+def describe(config: Config, tconfig: TransformerConfig, grads: str) -> dict[str, Any]:
+    """What the baseline is, for the result: its form, and every setting that is not megatron-core's default."""
+    e, te = config.moe, tconfig.moe_grouped_gemm
+    form = f"{tconfig.num_moe_experts} experts a layer, {tconfig.moe_router_score_function} router, top-{e.top_k}"
+    if e.topology != "private" or e.router not in ("softmax", "sigmoid"):
+        form += f"; the plain form of moe.topology={e.topology} with moe.router={e.router}, same pool and top_k"
+    if not te:
+        form += "; without Transformer Engine: unfused, a loop over experts, so no measure of megatron-core's speed"
+    defaults = {field.name: field.default for field in dataclasses.fields(tconfig)}
+    simple = (bool, int, float, str, list, type(None))
+    changed = {k: v for k, v in vars(tconfig).items() if k in defaults and isinstance(v, simple) and v != defaults[k]}
+    return {"form": form, "gradients": grads, "settings": changed}
+
+
+def transformer_config(config: Config, mesh: Mesh, resolved: Resolved) -> TransformerConfig:
+    """Our configuration of attention and pipeline with megatron-core's MoE in it; `config` is a plain form."""
+    e, b, te = config.moe, config.balance, resolved.transformer_engine
+    base = megatron.transformer_config(config, mesh, fp8_recipe=resolved.fp8_recipe, fused=te)
+    options: dict[str, Any] = {}
+    if config.parallel.recompute == "selective" and te:
+        options["recompute_modules"] = [*(base.recompute_modules or []), "moe_act"]  # ours discards it, too
+    # UELB is the mean of the layers' Switch losses in a plain MoE; megatron-core adds layers up, we take their mean.
+    balance = (b.layer + b.uelb) / config.moe_layers
+    return dataclasses.replace(
+        base,
+        num_moe_experts=config.topology().window,
+        moe_layer_freq=[0] * config.model.dense_layers + [1] * config.moe_layers,
+        moe_ffn_hidden_size=e.expert_width,
+        moe_shared_expert_intermediate_size=e.shared_expert_width or None,
+        moe_router_topk=e.top_k,
+        moe_router_score_function=e.router,
+        moe_router_pre_softmax=e.router == "softmax" and e.score == "softmax_topk" and not e.renormalise,
+        moe_router_topk_scaling_factor=None if e.route_scale == 1.0 else e.route_scale,
+        moe_router_enable_expert_bias=e.router == "sigmoid" and b.bias > 0,
+        moe_router_bias_update_rate=b.bias,
+        moe_router_load_balancing_type="aux_loss" if balance else "none",
+        moe_aux_loss_coeff=balance,
+        moe_z_loss_coeff=b.z_loss / config.moe_layers if b.z_loss else None,
+        moe_router_force_load_balancing=e.force_balance,
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=te,
+        moe_permute_fusion=te,
+        moe_router_fusion=te,
+        expert_model_parallel_size=mesh.expert,
+        expert_tensor_parallel_size=1,
+        # Set by the base's own defaults: made again for this model's standard deviation.
+        init_method_std=config.model.init_std,
+        init_method=None,
+        output_layer_init_method=None,
+        embedding_init_method=None,
+        embedding_init_method_std=None,
+        **options,
+    )
+
+
+class Baseline:
+    """One rank's part of the stock model, and its training step. Groups are initialised for `mesh`."""
+
+    def __init__(self, config: Config, mesh: Mesh, pp: int, resolved: Resolved, grads: str) -> None:
+        self.config, self.mesh = config, mesh
+        self.tconfig = transformer_config(config, mesh, resolved)
+        self.side = _wrap(config, self.tconfig, self._chunks(pp, resolved.transformer_engine), grads == "fp32")
+
+    def step(self, microbatches: Sequence[Batch], step: int) -> Tensor:
+        """One optimizer step; this rank's share of the mean loss, fp64 [1] on the device, not reduced."""
+        o, side = self.config.optim, self.side
+        side.zero_grad()
+        results = side.run_schedule(
+            _forward_step,
+            [iter(microbatches) for _ in side.chunks],
+            microbatches=len(microbatches),
+            sequence_length=self.config.model.sequence_length,
+            micro_batch_size=self.config.train.micro_batch_size,
+        )
+        side.set_rates(learning_rate(o, step, self.config.train.steps), o.weight_decay)
+        side.optimizer.step()
+        loss = torch.zeros(1, dtype=torch.float64, device=cpu_host.device())
+        if results:
+            loss += torch.stack([r["loss"] for r in results]).double().mean() / (self.mesh.data * self.mesh.tensor)
+        return loss
+
+    def counts_of(self, run: Callable[[], Any], group: Any) -> Tensor:
+        """Assignments [L, P] of what `run` routes, over all ranks, on the host; for a step that is not timed."""
+        topology, dense = self.config.topology(), self.config.model.dense_layers
+        counts_lw = torch.zeros(topology.layers, topology.window, dtype=torch.float64, device=cpu_host.device())
+        routers = [m for chunk in self.side.chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
+
+        def tally(router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
+            counts_lw[router.layer_number - 1 - dense] += output[1].sum(0)  # the routing map, bool [T, W]
+
+        hooks = [router.register_forward_hook(tally) for router in routers]
+        run()
+        for hook in hooks:
+            hook.remove()
+        dist.all_reduce(counts_lw, group=group)
+        counts_lp = torch.zeros(topology.layers, topology.pool, dtype=torch.float64)
+        for counts_p, counts_w, window in zip(counts_lp, counts_lw.cpu(), topology.windows, strict=True):
+            counts_p[list(window)] = counts_w
+        return counts_lp
+
+    def _chunks(self, pp: int, te: bool) -> list[GPTModel]:
+        m, mesh = self.config.model, self.mesh
+        chunks = []
+        for v in range(mesh.virtual):
+            vp_stage = v if mesh.virtual > 1 else None
+            spec = get_gpt_decoder_block_spec(self.tconfig, te, normalization="RMSNorm", vp_stage=vp_stage)
+            if not te:
+                spec.layer_norm = megatron.LocalRMSNorm
+                for layer in spec.layer_specs:
+                    megatron._use_local_norms(layer, m.qk_norm)
+            chunk = GPTModel(
+                self.tconfig,
+                spec,
+                vocab_size=m.vocab_size,
+                max_sequence_length=m.sequence_length,
+                pre_process=pp == 0 and v == 0,
+                post_process=pp == mesh.pipeline - 1 and v == mesh.virtual - 1,
+                share_embeddings_and_output_weights=m.tied_head,
+                position_embedding_type="rope",
+                rotary_base=int(m.rope_base),
+                vp_stage=vp_stage,
+            )
+            chunks.append(chunk.to(device=cpu_host.device(), dtype=self.tconfig.params_dtype))
+        return chunks
+
+
+def _wrap(config: Config, tconfig: TransformerConfig, chunks: list[GPTModel], fp32_grads: bool) -> megatron.DenseSide:
+    o, sharded = config.optim, config.parallel.distributed_optimizer
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=fp32_grads,
+        overlap_grad_reduce=True,
+        use_distributed_optimizer=sharded,
+        check_for_nan_in_grad=False,
+    )
+    ddps = [DistributedDataParallel(tconfig, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.min_lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.eps,
+        clip_grad=o.clip_grad,
+        bf16=tconfig.bf16,
+        params_dtype=tconfig.params_dtype,
+        use_distributed_optimizer=sharded,
+    )
+    overrides = get_standard_config_overrides(options)
+    optimizer = get_megatron_optimizer(options, ddps, config_overrides=overrides, use_gloo_process_groups=False)
+    no_sync = [d.no_sync for d in ddps]
+    tconfig.no_sync_func = no_sync if len(ddps) > 1 else no_sync[0]
+    tconfig.finalize_model_grads_func = finalize_model_grads
+    return megatron.DenseSide(ddps, optimizer, tconfig)
+
+
+def mean_losses(losses: Sequence[Tensor], group: Any) -> list[float]:
+    """The steps' mean losses from every rank's shares; equal on all ranks."""
+    total = torch.cat(list(losses))
+    dist.all_reduce(total, group=group)
+    return [float(x) for x in total]

@@ -1,0 +1,112 @@
+"""What a benchmark leaves: a JSON file of runs with every raw number, and a short table.
+
+The file is {"runs": [run, ...]}. A run has `command`, `commit`, `date`, `machine`, `versions`, `config`, `world`, and
+a `parts` entry for each thing measured, `ours` and `baseline`: either its numbers or {"error": one line}. `ratio` is
+ours / baseline in tokens per second and GPU, null unless both were measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moue_dist.config import Config, ConfigError
+from moue_dist.flops import flops_per_token
+from moue_dist.metrics import StepMeter
+
+PARTS = ("ours", "baseline")
+
+
+def numbers(config: Config, world: int, device_name: str, step_ms: list[float], **more: Any) -> dict[str, Any]:
+    """A part's entry: rates of the median step, by `config`'s own FLOPs, beside the raw numbers in `more`."""
+    meter = StepMeter(
+        flops_per_token=flops_per_token(config).total,
+        tokens_per_step=config.train.global_batch_size * config.model.sequence_length,
+        gpus=world,
+        device_name=device_name,
+        precision=config.train.precision,
+    )
+    rates = dataclasses.asdict(meter.rates(median(step_ms) / 1e3))
+    rates.pop("step_seconds")
+    return {"step_ms": median(step_ms), "step_ms_all": step_ms, **rates, "flops_per_token": meter.flops_per_token} | more
+
+
+def ratio(parts: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Ours over the baseline, in tokens/s/GPU; None unless both were measured."""
+    rates = [parts.get(name, {}).get("tokens_per_s_per_gpu") for name in PARTS]
+    return rates[0] / rates[1] if all(rates) else None
+
+
+def earlier_runs(path: Path, append: bool) -> list[Any]:
+    """The runs to keep: those of an existing file when appending. Raises ConfigError for a file that is none of ours."""
+    if not append or not path.exists():
+        return []
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        if isinstance(runs, list):
+            return runs
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"--append: {path} is no file of benchmark runs; choose another --output or leave --append out")
+
+
+def write(path: Path, runs: list[Any]) -> None:
+    """Write the file at once or not at all. Raises ConfigError where the folder cannot be written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(_plain({"runs": runs}), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise ConfigError(f"--output {path}: {error.strerror}; choose a file that can be written") from None
+
+
+def _plain(value: Any) -> Any:
+    """JSON without NaN or infinity: those become the words 'nan', 'inf', '-inf'."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(run: Mapping[str, Any], console: Console) -> None:
+    """The run as a table: a row for each part."""
+    parts = run["parts"]
+    title = f"{run['config']['name']}: {run['world']} x {run['machine'].get('gpu', 'CPU rank')}"
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("run")
+    for name in ("ms/step", "tokens/s/GPU", "TFLOP/s/GPU", "MFU", "GiB measured", "GiB planned", "load max/mean", "loss"):
+        table.add_column(name, justify="right")
+    for name in sorted(parts, key=PARTS.index):
+        part = parts[name]
+        if "error" in part:
+            table.add_row(name, "failed", *[""] * 7)
+            continue
+        table.add_row(
+            name,
+            f"{part['step_ms']:.1f}",
+            f"{part['tokens_per_s_per_gpu']:,.0f}",
+            _number(part["tflops_per_gpu"], ".4g"),
+            _number(part["mfu"], ".1%"),
+            _number(part["memory_gib"], ".2f"),
+            _number(part["planned_gib"], ".2f"),
+            _number(part["load"]["layer_max_over_mean"], ".2f"),
+            f"{part['losses'][-1]:.4f}",
+        )
+    console.print(table)
+    if run["ratio"] is not None:
+        console.print(f"ours / baseline: [bold]{run['ratio']:.3f}[/bold] in tokens/s/GPU")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
