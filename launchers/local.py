@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import shutil
+import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
+
 from moue_dist.launchers.env import set_defaults
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ def launch_module(module: str, argv: Sequence[str], nproc: int, nodes: Nodes | N
         command = [setpriv, "--pdeathsig", "KILL", "--", *command]
     logging.disable(logging.ERROR)  # a failed rank has said why; no table of all ranks, no warnings on Ctrl-C
     try:
-        elastic_launch(settings, command[0])(*command[1:])
+        with _nothing_left_behind():
+            elastic_launch(settings, command[0])(*command[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
@@ -65,6 +74,46 @@ def launch_module(module: str, argv: Sequence[str], nproc: int, nodes: Nodes | N
         return code
     except SignalException as error:
         return 128 + error.sigval.value
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     finally:
         logging.disable(logging.NOTSET)
     return 0
+
+
+@contextmanager
+def _nothing_left_behind() -> Iterator[None]:
+    """Ends what the ranks leave: helpers of a rank that died, or ranks after a second Ctrl-C cut short the first.
+
+    After a signal further ones stay ignored, for the caller is about to exit.
+    """
+    before = set(psutil.Process().children(recursive=True))
+    handlers = {sign: signal.getsignal(sign) for sign in STOP_SIGNALS}
+    _adopt_orphans(True)
+    try:
+        yield
+        stopped = False
+    except BaseException as error:
+        stopped = hasattr(error, "sigval") or isinstance(error, KeyboardInterrupt)
+        raise
+    finally:
+        with contextlib.suppress(Exception, KeyboardInterrupt):  # one that came a moment ago
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        for sign in STOP_SIGNALS:
+            signal.signal(sign, signal.SIG_IGN)
+        while left := set(psutil.Process().children(recursive=True)) - before:
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=5)
+        _adopt_orphans(False)
+        if not stopped:
+            for sign, handler in handlers.items():
+                signal.signal(sign, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _adopt_orphans(yes: bool) -> None:
+    """Processes whose parent dies become children of this one instead of init's, where they would be lost."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, int(yes), 0, 0, 0)  # PR_SET_CHILD_SUBREAPER

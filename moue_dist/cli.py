@@ -6,11 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moue_dist import __version__
 from moue_dist.config import Config, ConfigError
 from moue_dist.devices import Device
+
+if TYPE_CHECKING:
+    from moue_dist.launchers.env import ProcessEnv
 
 BAD_CONFIGURATION = 2
 
@@ -41,12 +44,23 @@ no GPU. Exit code 1 if it does not fit, 2 for a bad configuration.
 
 {_OVERRIDES}"""
 
+_BENCH = f"""\
+Time our training step, and with --baseline megatron-core's own MoE of the same shape beside it, in one run on the
+same batches. Starts its ranks as `moue train` does. Exit code 1 if a part failed. Here --output names the result's
+file; benchmarks/README.md explains it.
+
+  moue bench step configs/plain_7b.yaml --baseline --train.global-batch-size 32 --train.micro-batch-size 4
+  moue bench step configs/tiny.yaml --baseline --output benchmarks/results/tiny.json --append
+
+{_OVERRIDES}"""
+
 _MAIN = """\
 Trains Mixture of Universal Experts: a language model whose MoE layers share one pool of experts, over every layer
 and pipeline stage.
 
   moue plan configs/tiny.yaml            what would run, and whether it fits
   moue train configs/tiny.yaml           run it
+  moue bench step configs/tiny.yaml      time the training step
   moue report runs/tiny                  one HTML page about one or several runs
   moue options                           every option of a configuration, with its default"""
 
@@ -88,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of a GPU (default: the device's)")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
+    bench = command("bench", _bench, "time the training step", _BENCH)
+    bench.add_argument("what", choices=["step"], help="what to time")
+    bench.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/tiny.yaml")
+    bench.add_argument("--nproc", type=_positive, metavar="N", help="ranks to start on this machine")
+    _bench_options(bench)
+
     command(
         "options", _options, "every option of a configuration", "Every option of a configuration, with its default."
     )
@@ -95,10 +115,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `moue bench` hands to its ranks: BenchOptions' fields."""
+    add = parser.add_argument
+    add("--steps", type=_positive, default=6, metavar="N", help="timed steps (default: 6)")
+    add("--warmup", type=_count, default=3, metavar="N", help="steps before (default: 3)")
+    add("--baseline", action="store_true", help="measure megatron-core's own MoE, too, first")
+    add("--baseline-only", action="store_true", help="measure nothing else")
+    add("--baseline-grads", choices=["bf16", "fp32"], default="bf16", help="its gradient buffers (default: bf16)")
+    add("--output", metavar="FILE", help="write all numbers to this JSON file")
+    add("--append", action="store_true", help="add to the runs of that file")
+    add("--note", metavar="TEXT", help="kept with the numbers")
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _refusable(run: Callable[[], int]) -> int:
@@ -133,24 +170,57 @@ def _load(path: str, overrides: list[str]) -> Config:
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
-    from moue_dist.launchers.env import export, read_env
-
     config = _load(args.config, overrides)
-    place = read_env()
-    if place.source == "single":
-        ranks, on_cpu = _ranks_here(config, args.nproc)
-        if on_cpu:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks then see a machine without GPUs
-        if ranks > 1:
-            from moue_dist.launchers.local import launch
-
-            return launch(args.config, overrides, ranks)
-    elif args.nproc is not None:
-        raise ConfigError(f"--nproc {args.nproc}: the ranks were already started by {place.source}; leave it out")
+    started = _start_ranks(config, args.nproc, ["train", args.config, *overrides])
+    if started is not None:
+        return started
     from moue_dist.train import run
 
+    return run(config, _place())
+
+
+def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
+    from dataclasses import fields
+
+    from moue_dist.bench.options import BenchOptions
+
+    config = _load(args.config, overrides)
+    options = BenchOptions(**{field.name: getattr(args, field.name) for field in fields(BenchOptions)})
+    words = ["bench", args.what, args.config, *options.as_words(), *overrides]
+    started = _start_ranks(config, args.nproc, words)
+    if started is not None:
+        return started
+    from moue_dist.bench.run import run
+
+    return run(config, _place(), options)
+
+
+def _start_ranks(config: Config, asked: int | None, words: list[str]) -> int | None:
+    """Run `moue WORDS` in ranks on this machine and return its exit code; None where this process is a rank itself."""
+    from moue_dist.launchers.env import read_env
+
+    place = read_env()
+    if place.source != "single":
+        if asked is not None:
+            raise ConfigError(f"--nproc {asked}: the ranks were already started by {place.source}; leave it out")
+        return None
+    ranks, on_cpu = _ranks_here(config, asked)
+    if on_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks then see a machine without GPUs
+    if ranks == 1:
+        return None
+    from moue_dist.launchers.local import launch_module
+
+    return launch_module("moue_dist", words, ranks)
+
+
+def _place() -> ProcessEnv:
+    """This rank's place, also in the variables that torch.distributed reads."""
+    from moue_dist.launchers.env import export, read_env
+
+    place = read_env()
     export(place)
-    return run(config, place)
+    return place
 
 
 def _ranks_here(config: Config, asked: int | None) -> tuple[int, bool]:

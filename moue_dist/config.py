@@ -77,7 +77,12 @@ class ParallelConfig:
     expert_parallel: int = 1
     tensor_parallel: int = 1  # with sequence parallelism whenever it is above 1
     stage_layers: tuple[int, ...] = ()  # layers of each (virtual) stage in order; empty means even
-    placement: Literal["replicate"] = "replicate"  # where an expert lives that several stages reach
+    placement: Literal["replicate", "home", "hybrid"] = "replicate"  # where an expert lives that several stages reach
+    pool_budget_gib: float = 0.0  # hybrid: bytes a GPU for its part of the pool (weights, gradients, optimizer state)
+    replace_interval: int = 0  # home, hybrid: steps between re-placements by measured use; 0 means never
+    lag: int = 0  # home, hybrid: slots by which backward trails, so that forward and backward never wait for each other
+    pool_optimizer: Literal["device", "host"] = "device"  # where the pool's Adam state lives; host is DeepSpeed's CPU Adam
+    host_state: Literal["fp32", "bf16"] = "fp32"  # type of the moments in host memory
     overlap_grad_reduce: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     distributed_optimizer: bool = True
@@ -117,6 +122,7 @@ class TrainConfig:
     save_interval: int = 0  # steps; 0 means only at the end
     keep_checkpoints: int = 2
     log_interval: int = 1
+    record_slots: bool = False  # keep the times of pipeline slots for the report's picture of time
     check_replicas_interval: int = 50  # steps between bit-equality checks of pool replicas; 0 means never
     timeout_seconds: float = 600.0  # a collective that takes longer ends the job
 

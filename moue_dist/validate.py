@@ -248,7 +248,7 @@ def place_pool(config: Config, mesh: Mesh) -> Placement:
     layout = stage_layout(config.model.layers, mesh.pipeline, mesh.virtual, p.stage_layers)
     stage_of = {layer: i % mesh.pipeline for i, stage in enumerate(layout) for layer in stage}
     stages = [stage_of[i] for i in range(config.model.dense_layers, config.model.layers)]
-    return replicate(config.topology().windows, stages, config.moe.pool, mesh.expert)
+    return replicate(config.topology().windows, stages, config.moe.pool, mesh.pipeline, mesh.expert)
 
 
 def _resolve(config: Config, cuda: bool, device: Device | None, te_installed: bool) -> Resolved:

@@ -33,11 +33,11 @@ class RouteTable:
     mine: int
 
     @classmethod
-    def build(cls, pool: int, visible: Sequence[int], owners: int, me: int, device: torch.device) -> RouteTable:
-        """`owner(e) = e % owners`. Example: visible (0, 1, 2, 4), 2 owners -> slots 0, 3, 1, 2 (width 3)."""
-        per_owner = [[e for e in visible if e % owners == r] for r in range(owners)]
+    def build(cls, columns: Sequence[int], visible: Sequence[int], owners: int, me: int, device: torch.device) -> RouteTable:
+        """`columns[e]` is the owner of e. Columns (0, 1, 0, 1, 0), visible (0, 1, 2, 4), 2 owners -> slots 0, 3, 1, 2."""
+        per_owner = [[e for e in visible if columns[e] == r] for r in range(owners)]
         width = max(len(ids) for ids in per_owner)
-        slot = torch.full((pool,), -1, dtype=torch.int64)
+        slot = torch.full((len(columns),), -1, dtype=torch.int64)
         for r, ids in enumerate(per_owner):
             for i, e in enumerate(ids):
                 slot[e] = r * width + i

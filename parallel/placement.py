@@ -25,10 +25,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Placement:
-    """Holders of every expert. A *cell* is a (stage, EP rank) pair and holds the same rows on all of its data ranks."""
+    """Who holds every expert. A *cell* is a (stage, EP rank) pair and holds the same rows on all of its data ranks."""
 
+    pipeline: int
     expert_parallel: int
     holders: tuple[tuple[int, ...], ...]  # expert -> sorted pipeline stages that hold a copy
+    columns: tuple[int, ...]  # expert -> EP rank of all its copies
 
     @property
     def pool(self) -> int:
@@ -36,7 +38,13 @@ class Placement:
 
     def rows(self, stage: int, ep_rank: int) -> tuple[int, ...]:
         """Expert ids held by a cell, ascending: row i of the cell's part of the pool is expert rows[i]."""
-        return tuple(e for e in range(ep_rank, self.pool, self.expert_parallel) if stage in self.holders[e])
+        return tuple(
+            e for e in range(self.pool) if self.columns[e] == ep_rank and stage in self.holders[e]
+        )
+
+    def server(self, expert: int, stage: int) -> int:
+        """The stage that computes `expert` for tokens of `stage`: itself if it holds a copy, else the nearest holder."""
+        return min(self.holders[expert], key=lambda s: (abs(s - stage), s))
 
     def segments(self, stage: int, ep_rank: int) -> tuple[Segment, ...]:
         """The cell's rows as segments. Holders (0,), (0, 1), (1,), (0, 1) -> on stage 1: [0, 1), [1, 2), [2, 3).
@@ -46,7 +54,7 @@ class Placement:
         """
         out: list[Segment] = []
         row, previous = 0, None
-        for e in range(ep_rank, self.pool, self.expert_parallel):
+        for e in (e for e in range(self.pool) if self.columns[e] == ep_rank):
             stages = self.holders[e]
             if stage in stages:
                 if stages == previous:
@@ -62,7 +70,9 @@ class Placement:
         return tuple(sorted(set(self.holders)))
 
 
-def replicate(windows: Sequence[Sequence[int]], stage_of_layer: Sequence[int], pool: int, expert_parallel: int) -> Placement:
+def replicate(
+    windows: Sequence[Sequence[int]], stage_of_layer: Sequence[int], pool: int, pipeline: int, expert_parallel: int
+) -> Placement:
     """Every stage holds what its MoE layers see.
 
     `windows[l]` are the ids that MoE layer l sees, `stage_of_layer[l]` its pipeline stage.
@@ -80,7 +90,8 @@ def replicate(windows: Sequence[Sequence[int]], stage_of_layer: Sequence[int], p
             f"{len(unseen)} experts of moe.pool={pool} (first: {unseen[0]}) are seen by no layer: "
             "enlarge moe.window or moe.stride, or shrink moe.pool"
         )
-    return Placement(expert_parallel, tuple(tuple(sorted(stages)) for stages in holders))
+    columns = tuple(e % expert_parallel for e in range(pool))
+    return Placement(pipeline, expert_parallel, tuple(tuple(sorted(stages)) for stages in holders), columns)
 
 
 def spans(ids: Sequence[int], visible: Sequence[int]) -> tuple[tuple[int, int], ...]:

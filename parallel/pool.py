@@ -49,7 +49,7 @@ class ExpertPool:
 
     def slab(self, visible: Sequence[int]) -> ExpertSlab:
         """The view a layer computes with: those of its `visible` experts (ascending) that live in this cell."""
-        mine = [e for e in visible if e % self.placement.expert_parallel == self.ep_rank]
+        mine = [e for e in visible if self.placement.columns[e] == self.ep_rank]
         return ExpertSlab(self.buffer.weight, self.buffer.grad, self.hidden, self.width, spans(self.ids, mine))
 
     @torch.no_grad()

@@ -37,7 +37,12 @@ def numbers(config: Config, world: int, device_name: str, step_ms: list[float], 
     )
     rates = dataclasses.asdict(meter.rates(median(step_ms) / 1e3))
     rates.pop("step_seconds")
-    return {"step_ms": median(step_ms), "step_ms_all": step_ms, **rates, "flops_per_token": meter.flops_per_token} | more
+    return {
+        "step_ms": median(step_ms),
+        "step_ms_all": step_ms,
+        **rates,
+        "flops_per_token": meter.flops_per_token,
+    } | more
 
 
 def ratio(parts: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -85,7 +90,16 @@ def show(run: Mapping[str, Any], console: Console) -> None:
     title = f"{run['config']['name']}: {run['world']} x {run['machine'].get('gpu', 'CPU rank')}"
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("run")
-    for name in ("ms/step", "tokens/s/GPU", "TFLOP/s/GPU", "MFU", "GiB measured", "GiB planned", "load max/mean", "loss"):
+    for name in (
+        "ms/step",
+        "tokens/s/GPU",
+        "TFLOP/s/GPU",
+        "MFU",
+        "GiB measured",
+        "GiB planned",
+        "load max/mean",
+        "loss",
+    ):
         table.add_column(name, justify="right")
     for name in sorted(parts, key=PARTS.index):
         part = parts[name]

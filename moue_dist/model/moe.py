@@ -48,7 +48,7 @@ class MoELayer(MegatronModule):
         window = context.topology.windows[self.index]
         placement = context.pool.placement
         table = RouteTable.build(
-            placement.pool, window, placement.expert_parallel, context.pool.ep_rank, context.device
+            placement.columns, window, placement.expert_parallel, context.pool.ep_rank, context.device
         )
         object.__setattr__(self, "_context", context)
         object.__setattr__(self, "_table", table)

@@ -58,8 +58,38 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "recurrent": {"moe": {**RING, "router": "recurrent"}, "balance": {"uelb": 0.05, "pool": 0.02, "layer": 0.02}},
     "dead": {"moe": {**RING, "router": "softmax"}, "balance": {"bias": 0.01, "z_loss": 0.01}},
     "dense first": {"model": {"dense_layers": 2}, "moe": {**RING, "router": "universal"}, "balance": {"uelb": 0.05}},
+    "five layers": {
+        "model": {"layers": 5, "dense_layers": 1, "kv_heads": 0},
+        "moe": {**RING, "router": "universal"},
+        "balance": {"uelb": 0.05},
+    },
     "tied head": {"model": {"tied_head": True, "qk_norm": False}, "moe": {**BLOCK, "router": "recurrent"}},
 }
+FORCED = [
+    ("pp2 1-3", "moue"),
+    ("pp2 3-1 selective", "recurrent"),
+    ("pp2 v2 overlap", "tied head"),
+    ("pp2 v2 1-2-1-1", "five layers"),
+    ("ep2 dp2", "dead"),
+    ("dp2 overlap", "moue"),
+    ("tp2", "moue"),
+    ("pp2 ep2 dp2", "moue"),
+    ("pp2 ep2 dp2 full overlap", "moue"),
+    ("pp2 ep2 dp2 selective overlap mb2", "moue, full"),
+    ("pp2 ep2 dp2", "unipool"),
+    ("pp2 ep2 dp2 overlap", "dead"),
+    ("pp2 ep2 dp2 overlap", "tied head"),
+    ("pp2 ep2 dp2 plain", "recurrent"),
+    ("pp2 ep2 dp2 2-3 full", "five layers"),
+    ("pp2 ep2 dp2 v2", "recurrent"),
+    ("pp2 ep2 tp2", "qwen"),
+    ("pp2 ep2 tp2 selective", "moue"),
+    ("pp2 tp2 overlap", "tied head"),
+    ("pp4 1-2-1-1", "five layers"),
+    ("pp2 ep2 dp2 tp2 overlap", "moue"),
+    ("pp4 ep2 dp2 full", "recurrent"),
+    ("pp2 ep4 dp4", "moue"),
+]
 CASES: list[tuple[str, str]] = []
 
 
@@ -126,3 +156,44 @@ def pairs_of(case: Case) -> Iterator[tuple[str, str]]:
     yield f"model={case.model}", "pipeline" if p.pipeline_parallel > 1 else "one stage"
     yield f"model={case.model}", "several" if case.world > 1 else "one rank"
     yield f"plain={not p.distributed_optimizer}", f"data={min(case.degree('dp'), 2)}"
+
+
+@pytest.fixture(scope="module")
+def yardstick(ranks: Callable[[int], RankPool]) -> Callable[[Case], parity.Yardstick]:
+    """The reference's run of a case's model; it starts from the weights that one rank draws."""
+    known: dict[str, parity.Yardstick] = {}
+
+    def get(case: Case) -> parity.Yardstick:
+        if case.model not in known:
+            config = parity.one_process(case.config)
+            initial = parity.merge(ranks(1).run(parity.initial_weights, config), "initial")
+            known[case.model] = parity.run_reference(config, initial, case.kill)
+        return known[case.model]
+
+    return get
+
+
+@pytest.mark.parametrize(("layout", "model"), FORCED + CASES, ids=lambda word: word.replace(" ", "_") or "one_rank")
+def test_a_layout_trains_what_one_process_trains(
+    layout: str, model: str, ranks: Callable[[int], RankPool], yardstick: Callable[[Case], parity.Yardstick]
+) -> None:
+    case = Case(layout, model)
+    validate(case.config, case.world, cuda=False)
+    truth = yardstick(case)
+    parts = ranks(case.world).run(parity.train, case.config, truth.seed, kill=case.kill)
+
+    for name, weight in parity.merge(parts, "initial").items():
+        assert torch.equal(weight, truth.initial[name]), f"{name} starts otherwise than on one rank"
+    for part in parts:
+        assert part.losses == pytest.approx(truth.losses, rel=TOLERANCE)
+        assert part.norms == pytest.approx([r["grad_norm"] for r in truth.record], rel=TOLERANCE)
+        for step, (counts, aux) in enumerate(zip(part.counts, part.aux, strict=True)):
+            assert torch.equal(counts.long(), truth.record[step]["counts_lp"]), f"counts of step {step}"
+            assert aux == pytest.approx({n: truth.record[step]["terms"][n] for n in aux}, rel=TOLERANCE)
+        assert torch.equal(part.bias, truth.bias)
+    final = parity.merge(parts, "final")
+    assert final.keys() == truth.final.keys()
+    errors = {n: float((w - truth.final[n]).norm() / truth.final[n].norm()) for n, w in final.items()}
+    assert {n: e for n, e in errors.items() if not e < TOLERANCE} == {}
+    if case.kill:
+        assert all(r["counts_lp"][:, list(case.kill)].sum() == 0 for r in truth.record)

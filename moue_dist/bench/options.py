@@ -1,0 +1,37 @@
+"""The options of `moue bench`; free of torch, since the command line reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure and where to write it. `grads` is the type of the baseline's gradient buffers."""
+
+    steps: int = 6
+    warmup: int = 3
+    baseline: bool = False
+    baseline_only: bool = False
+    baseline_grads: Literal["bf16", "fp32"] = "bf16"  # bf16 is the faster; ours are always fp32
+    output: str | None = None
+    append: bool = False
+    note: str | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        if self.baseline_only:
+            return ("baseline",)
+        return ("baseline", "ours") if self.baseline else ("ours",)
+
+    def as_words(self) -> list[str]:
+        """The same as a command line has them: ["--steps=6", "--baseline", ...]."""
+        words = []
+        for field in fields(self):
+            value, name = getattr(self, field.name), "--" + field.name.replace("_", "-")
+            if value is True:
+                words.append(name)
+            elif value is not None and value is not False:
+                words.append(f"{name}={value}")
+        return words

@@ -1,0 +1,242 @@
+"""`moue bench step`: our training step, and megatron-core's own beside it, timed in one run on the same batches.
+
+Each part builds its model, takes `warmup` steps and `steps` timed ones, and gives back all that it held before the next
+part begins, the baseline first. Times are the device's, from event to event, so that a step that does not wait for the
+device is not made to; a step's time is its slowest rank's. Python's garbage collector rests meanwhile, in both.
+"""
+
+from __future__ import annotations
+
+import gc
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moue_dist.bench import result
+from moue_dist.bench.options import BenchOptions
+from moue_dist.config import Config, ConfigError
+from moue_dist.data import Batches, build_datasets, data_folder, prepare_corpus
+from moue_dist.devices import Device
+from moue_dist.memory import GIB
+from moue_dist.parallel import cpu_host
+from moue_dist.parallel.mesh import build_mesh
+from moue_dist.plan import build_plan
+from moue_dist.provenance import commit, machine, versions
+from moue_dist.train import Place, process_group, resolve
+from moue_dist.validate import Resolved
+
+STRAGGLER_SECONDS = 120.0  # how long a rank waits for the others to say how a part ended
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both parts share: the configuration on this rank's place of the grid, and its batches by step."""
+
+    config: Config
+    place: Place
+    resolved: Resolved
+    device: Device | None
+    options: BenchOptions
+    batches: list[list[dict[str, torch.Tensor]]]
+    world: Any  # a group of all ranks
+
+    @property
+    def device_name(self) -> str:
+        return self.device.name if self.device else "CPU"
+
+
+def run(config: Config, place: Place, options: BenchOptions) -> int:
+    """Measure in this process, one of `place.world_size`; exit code 0 if every part was measured.
+
+    Raises ConfigError for what the user can mend. torch.distributed's variables (MASTER_ADDR ...) are set.
+    """
+    total = options.warmup + options.steps
+    config = replace(config, train=replace(config.train, steps=max(config.train.steps, total)))
+    resolved, device = resolve(config, place)
+    cpu_host.install()
+    if "baseline" in options.parts:
+        from moue_dist.bench.baseline import plain_form
+
+        plain_form(config)  # refuses here, once for both parts
+    path = Path(options.output) if options.output else None
+    with process_group(config, place):
+        leader = place.rank == 0
+        earlier = result.earlier_runs(path, options.append) if path and leader else []
+        world = dist.new_group(timeout=timedelta(seconds=config.train.timeout_seconds))
+        answers = dist.new_group(backend="gloo", timeout=timedelta(seconds=STRAGGLER_SECONDS))
+        batches = _read_batches(config, place, total, world)
+        setting = Setting(config, place, resolved, device, options, batches, world)
+        record = _describe(setting)
+        for name in options.parts:
+            record["parts"][name] = _guarded(name, setting, answers)
+            record["ratio"] = result.ratio(record["parts"])
+            if path and leader:
+                result.write(path, [*earlier, record])
+        if leader:
+            from rich.console import Console
+
+            result.show(record, Console(highlight=False))
+            if path:
+                print(f"written: {path}", flush=True)
+        dist.barrier(group=world)
+    return int(any("error" in part for part in record["parts"].values()))
+
+
+def _read_batches(config: Config, place: Place, steps: int, world: Any) -> list[list[dict[str, torch.Tensor]]]:
+    """The first steps' microbatches of this data rank, as training reads them, all on the device."""
+    mesh = build_mesh(place.world_size, config.parallel)
+    folder = data_folder(config, Path(config.output).expanduser() / "bench")
+    if place.rank == 0:
+        prepare_corpus(config.data, folder)
+    dist.barrier(group=world)
+    train, _ = build_datasets(config, folder, steps * config.train.global_batch_size, 0)
+    batches = Batches(train, None, config.train, cpu_host.device())
+    read = [batches.microbatches(i, mesh.coords(place.rank).dp, mesh.data) for i in range(steps)]
+    batches.close()
+    return read
+
+
+def _describe(setting: Setting) -> dict[str, Any]:
+    options = asdict(setting.options)
+    return {
+        "command": shlex.join(["moue", *sys.argv[1:]]),
+        "note": options.pop("note"),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(setting.resolved.device == "cuda"),
+        "versions": versions(),
+        "world": setting.place.world_size,
+        "options": options,
+        "config": asdict(setting.config),
+        "resolved": setting.resolved._asdict(),
+        "parts": {},
+        "ratio": None,
+    }
+
+
+def _guarded(name: str, setting: Setting, answers: Any) -> dict[str, Any]:
+    """A part's entry, or {"error": ...} if it failed on any rank; whatever it held is given back."""
+    measure = {"ours": measure_ours, "baseline": measure_baseline}[name]
+    entry, error = {}, None
+    try:
+        entry = measure(setting)
+    except ConfigError:
+        raise
+    except Exception as raised:  # out of memory, a kernel that is not built, a defect: the other part still runs
+        error = _one_line(raised)
+        print(f"moue: bench: {name} failed on rank {setting.place.rank}: {error}", file=sys.stderr, flush=True)
+    _give_back()
+    errors: list[str | None] = [None] * setting.place.world_size
+    try:
+        dist.all_gather_object(errors, error, group=answers)
+    except RuntimeError:  # this rank failed alone, and the others hang in a collective that it left
+        raise SystemExit(1) from None
+    failed = {rank: e for rank, e in enumerate(errors) if e}
+    return {"error": next(iter(failed.values())), "failed_ranks": list(failed)} if failed else entry
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:400]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory: {text}"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
+
+
+def _give_back() -> None:
+    """Forget megatron-core's groups and return every cached block to the device."""
+    from moue_dist.parallel import megatron
+
+    megatron.shut_down()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure_ours(setting: Setting) -> dict[str, Any]:
+    """The entry of moue-dist's own training step."""
+    from moue_dist.build import build_system
+    from moue_dist.model.balance import load_summary
+    from moue_dist.step import StepResult, train_step
+
+    config, place = setting.config, setting.place
+    system = build_system(config, place.rank, place.world_size, setting.resolved)
+    results: list[StepResult] = []
+    timing = _time(lambda i: results.append(train_step(system, setting.batches[i], i)), setting)
+    timed = results[setting.options.warmup :]
+    load = load_summary(torch.stack([r.counts_lp for r in timed]).sum(0), system.context.topology)
+    device = setting.device or Device("CPU", (0, 0), 0.0)
+    planned = build_plan(config, place.world_size, device).worst.total_bytes / GIB
+    more = {"planned_gib": planned, "losses": [r.loss for r in results], "load": load, "gradients": "fp32"}
+    return result.numbers(config, place.world_size, setting.device_name, **timing, **more)
+
+
+def measure_baseline(setting: Setting) -> dict[str, Any]:
+    """The entry of megatron-core's own MoE; its load is that of one more step, which is not timed."""
+    from moue_dist.bench import baseline
+    from moue_dist.model.balance import load_summary
+    from moue_dist.parallel import megatron
+
+    config, place, grads = baseline.plain_form(setting.config), setting.place, setting.options.baseline_grads
+    mesh = build_mesh(place.world_size, config.parallel)
+    megatron.initialise(mesh, config.train.seed, config.train.timeout_seconds / 60)
+    stock = baseline.Baseline(config, mesh, mesh.coords(place.rank).pp, setting.resolved, grads)
+    losses: list[torch.Tensor] = []
+    timing = _time(lambda i: losses.append(stock.step(setting.batches[i], i)), setting)
+    last = len(setting.batches) - 1
+    counts_lp = stock.counts_of(lambda: stock.step(setting.batches[last], last), setting.world)
+    more = {
+        "planned_gib": None,
+        "losses": baseline.mean_losses(losses, setting.world),
+        "load": load_summary(counts_lp, config.topology()),
+        **baseline.describe(setting.config, stock.tconfig, grads),
+    }
+    return result.numbers(config, place.world_size, setting.device_name, **timing, **more)
+
+
+def _time(step: Callable[[int], Any], setting: Setting) -> dict[str, Any]:
+    """Milliseconds of each timed step and peak memory by rank, allocated, GiB; equal on all ranks."""
+    warmup, steps = setting.options.warmup, setting.options.steps
+    torch.cuda.reset_peak_memory_stats()
+    for i in range(warmup):
+        step(i)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    with _no_garbage_collection():
+        torch.cuda.synchronize()
+        dist.barrier(group=setting.world)
+        marks[0].record()
+        for i in range(steps):
+            step(warmup + i)
+            marks[i + 1].record()
+        torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    mine = torch.tensor(
+        [*times, torch.cuda.max_memory_allocated() / GIB], device=cpu_host.device(), dtype=torch.float64
+    )
+    everyone = [torch.empty_like(mine) for _ in range(setting.place.world_size)]
+    dist.all_gather(everyone, mine, group=setting.world)
+    table = torch.stack(everyone).cpu()
+    memory = [round(x, 3) for x in table[:, -1].tolist()] if setting.resolved.device == "cuda" else None
+    return {
+        "step_ms": [round(x, 4) for x in table[:, :-1].amax(0).tolist()],
+        "memory_gib": max(memory) if memory else None,
+        "memory_gib_by_rank": memory,
+    }
+
+
+@contextmanager
+def _no_garbage_collection() -> Any:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
