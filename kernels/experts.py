@@ -127,6 +127,53 @@ def expert_mlp(
     return _ExpertMLP.apply(x_rd, anchor, slab, gemm, recompute, impl)
 
 
+def expert_backward(
+    x_rd: Tensor,
+    dy_rd: Tensor,
+    weight_r: Tensor,
+    counts_n: Tensor,
+    slab: ExpertSlab,
+    *,
+    backend: ExpertBackend,
+    counts_host: list[int],
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The backward of `weight[r] * expert(x[r])` without a graph: (dx [R, d], dweight [R] fp32).
+
+    For rows that do not meet in backward as they met in forward. `dy` is the gradient of the weighted row; fc1 runs
+    again, fc2 does not, since dweight = <h, dy W_out>. Weight gradients are added to `slab.grad`.
+    """
+    if x_rd.shape[0] == 0:
+        return x_rd, weight_r
+    impl = impl or default_impl(x_rd.device)
+    if backend == "te":
+        return _te_backward(x_rd, dy_rd, weight_r, slab, counts_host)
+    gemm: Gemm = (
+        TorchGemm.of(slab.spans, counts_n, x_rd.shape[0], counts_host, impl)
+        if backend == "torch"
+        else LoopGemm.of(slab.spans, counts_host)
+    )
+    x_rd, dy_rd, w_r1 = x_rd.contiguous(), dy_rd.contiguous(), weight_r[:, None]
+    z_r2f = gemm.forward(x_rd, slab.w_in)
+    dh_rf = gemm.dgrad(dy_rd, slab.w_out)
+    dz_r2f, h_rf = swiglu_backward(z_r2f, (dh_rf * w_r1).to(dh_rf.dtype), impl)
+    dweight_r = (h_rf.float() * dh_rf.float()).sum(-1)
+    gemm.wgrad(dy_rd, (h_rf * w_r1).to(h_rf.dtype), slab.g_out)
+    gemm.wgrad(dz_r2f, x_rd, slab.g_in)
+    return gemm.dgrad(dz_r2f, slab.w_in), dweight_r
+
+
+def _te_backward(
+    x_rd: Tensor, dy_rd: Tensor, weight_r: Tensor, slab: ExpertSlab, counts_host: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Transformer Engine has no backward without its graph: run the forward again, fc2 included."""
+    with torch.enable_grad():
+        x_rd = x_rd.detach().requires_grad_()
+        y_rd = slab.te(x_rd, counts_host)
+    (dx_rd,) = torch.autograd.grad(y_rd, x_rd, (dy_rd * weight_r[:, None]).to(dy_rd.dtype))
+    return dx_rd, (y_rd.detach().float() * dy_rd.float()).sum(-1)
+
+
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(

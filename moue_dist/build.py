@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,7 +18,9 @@ from moue_dist.model.router import SharedRouter
 from moue_dist.parallel import cpu_host, megatron
 from moue_dist.parallel.dispatch import AllToAllDispatcher
 from moue_dist.parallel.groups import Groups, build_groups
+from moue_dist.parallel.lockstep import ExpertService
 from moue_dist.parallel.mesh import Coord, Mesh, build_mesh, stage_layout
+from moue_dist.parallel.placement import Placement
 from moue_dist.parallel.pool import ExpertPool
 from moue_dist.parallel.pool_sync import SharedOptimizer, SyncedBuffer, check_replicas, common_pieces
 from moue_dist.validate import Resolved, place_pool
@@ -67,7 +70,8 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
     megatron.initialise(mesh, config.train.seed, config.train.timeout_seconds / 60)
     layout = stage_layout(config.model.layers, mesh.pipeline, mesh.virtual, config.parallel.stage_layers)
     topology, placement = config.topology(), place_pool(config, mesh)
-    groups = build_groups(mesh, rank, placement.stage_sets(), timeout)
+    lockstep = config.parallel.placement != "replicate"
+    groups = build_groups(mesh, rank, placement.stage_sets(), timeout, lockstep=lockstep)
 
     tconfig = megatron.transformer_config(
         config, mesh, fp8_recipe=resolved.fp8_recipe, fused=resolved.transformer_engine
@@ -85,6 +89,8 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
     pool.initialise(config.train.seed, *expert_stds(config))
     shared_router = SharedRouter(config.moe, device)
     initialise_shared_router(config, shared_router)
+    moe_layers = [[x for x in stage if x >= config.model.dense_layers] for stage in layout]
+    service = _expert_service(config, placement, coord, moe_layers, pool, groups, resolved) if lockstep else None
     context = MoEContext(
         config=config,
         topology=topology,
@@ -95,6 +101,8 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
         experts_backend=resolved.experts,
         token_shards=mesh.tensor,
         device=device,
+        service=service,
+        first_layer=sum(len(stage) for stage in moe_layers[: coord.pp]),
     )
 
     chunks = megatron.build_chunks(config, tconfig, mesh, layout, coord.pp, MoELayer)
@@ -105,7 +113,7 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
             if isinstance(layer.mlp, MoELayer):
                 layer.mlp.bind(context)
         initialise_dense(config, chunk, layers, coord.tp, mesh.tensor)
-    dense = megatron.wrap(config, tconfig, chunks)
+    dense = megatron.wrap(config, tconfig, chunks, mesh, service)
 
     buffers = [pool.buffer]
     if (router_buffer := _flatten(shared_router, groups, mesh, device)) is not None:
@@ -114,6 +122,29 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
     shared = SharedOptimizer(buffers, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
     check_replicas(buffers)
     return System(config, mesh, coord, rank, layout, groups, dense, context, shared, device)
+
+
+def _expert_service(
+    config: Config,
+    placement: Placement,
+    coord: Coord,
+    moe_layers: Sequence[Sequence[int]],
+    pool: ExpertPool,
+    groups: Groups,
+    resolved: Resolved,
+) -> ExpertService:
+    """This rank's side of the lock-step rounds, over its cell's whole part of the pool."""
+    return ExpertService(
+        placement=placement,
+        stage=coord.pp,
+        ep_rank=coord.ep,
+        layers=tuple(len(stage) for stage in moe_layers),
+        slab=pool.slab(pool.ids),
+        groups=groups.grid,
+        backend=resolved.experts,
+        recompute=config.parallel.recompute == "full",
+        device=cpu_host.device(),
+    )
 
 
 def _flatten(shared: SharedRouter, groups: Groups, mesh: Mesh, device: torch.device) -> SyncedBuffer | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +72,9 @@ def evaluate(system: System, batches: Sequence[Sequence[Batch]]) -> float:
 
 def _run(system: System, microbatches: Sequence[Batch], *, forward_only: bool) -> list[Tensor]:
     """The pipeline schedule; this rank's losses, one a microbatch, on the last stage."""
-    iterators: list[Iterator[Batch]] = [iter(microbatches) for _ in system.dense.chunks]
     results = system.dense.run_schedule(
         _forward_step,
-        iterators,
-        microbatches=len(microbatches),
+        microbatches,
         sequence_length=system.config.model.sequence_length,
         micro_batch_size=system.config.train.micro_batch_size,
         forward_only=forward_only,
@@ -84,8 +82,7 @@ def _run(system: System, microbatches: Sequence[Batch], *, forward_only: bool) -
     return [r["loss"] for r in results]
 
 
-def _forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-    batch = next(iterator)
+def _forward_step(batch: Batch, model: Any) -> tuple[Tensor, Any]:
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
     def loss_of(token_losses_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

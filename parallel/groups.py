@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
 from moue_dist.parallel.mesh import Mesh
+
+Way = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,16 @@ class Groups:
     world: Any
     everyone: ReplicaGroup
     pool: dict[tuple[int, ...], ReplicaGroup]
+    grid: dict[Way, Any]  # all cells of this rank's replica of the pool, one communicator a direction; empty if not asked
 
 
-def build_groups(mesh: Mesh, rank: int, stage_sets: Sequence[tuple[int, ...]], timeout: timedelta) -> Groups:
-    """Collective: every rank makes every group, in the same order. `new_group` does not inherit the default timeout."""
+def build_groups(
+    mesh: Mesh, rank: int, stage_sets: Sequence[tuple[int, ...]], timeout: timedelta, *, lockstep: bool = False
+) -> Groups:
+    """Collective: every rank makes every group, in the same order. `new_group` does not inherit the default timeout.
+
+    `lockstep` asks for the grid groups: the cells of all stages, ordered stage by stage, for each expert-data rank.
+    """
     world = dist.new_group(list(range(mesh.world)), timeout=timeout)
     me = mesh.coords(rank)
     pool: dict[tuple[int, ...], ReplicaGroup] = {}
@@ -43,4 +51,12 @@ def build_groups(mesh: Mesh, rank: int, stage_sets: Sequence[tuple[int, ...]], t
                 assert ep == me.ep
                 pool[tuple(stages)] = ReplicaGroup(group, len(ranks), ranks.index(rank))
     everyone = ReplicaGroup(world if mesh.world > 1 else None, mesh.world, rank)
-    return Groups(world, everyone, pool)
+    grid: dict[Way, Any] = {}
+    ways: tuple[Way, ...] = ("forward", "backward") if lockstep else ()
+    for way in ways:
+        for edp in range(mesh.expert_data):
+            ranks = [mesh.expert_rank(ep, edp, pp) for pp in range(mesh.pipeline) for ep in range(mesh.expert)]
+            group = dist.new_group(ranks, timeout=timeout)
+            if rank in ranks:
+                grid[way] = group
+    return Groups(world, everyone, pool, grid)

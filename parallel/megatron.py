@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 from moue_dist.config import Config
 from moue_dist.parallel import cpu_host, state_packing
+from moue_dist.parallel.lockstep import ExpertService
+from moue_dist.parallel.lockstep_pipeline import ForwardStep, LockstepPipeline
 from moue_dist.parallel.mesh import Mesh
 
 STATEFUL_ROUTERS = ("universal", "recurrent")
@@ -237,11 +239,15 @@ def build_chunks(
 
 @dataclass(frozen=True)
 class DenseSide:
-    """megatron-core's half of a training step: wrapped chunks, their optimizer, their schedule."""
+    """megatron-core's half of a training step: wrapped chunks, their optimizer, their schedule.
+
+    `lockstep` replaces megatron-core's schedules where experts live at home.
+    """
 
     chunks: list[DistributedDataParallel]
     optimizer: Any
     config: TransformerConfig
+    lockstep: LockstepPipeline | None = None
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
@@ -250,20 +256,28 @@ class DenseSide:
 
     def run_schedule(
         self,
-        forward_step: Callable[..., Any],
-        iterators: list[Iterator[Any]],
+        forward_step: ForwardStep,
+        microbatches: Sequence[Any],
         *,
-        microbatches: int,
         sequence_length: int,
         micro_batch_size: int,
         forward_only: bool = False,
     ) -> list[Any]:
-        """Forward (and backward) of all microbatches; what the loss function returned, on the last stage."""
+        """Forward (and backward) of all microbatches; what the loss function returned, on the last stage.
+
+        `forward_step(microbatch, model)` gives (output, loss function). Dense gradients are reduced at the end.
+        """
+        if self.lockstep is not None:
+            results = self.lockstep.run(forward_step, microbatches, forward_only=forward_only)
+            if not forward_only:
+                finalize_model_grads(self.chunks)
+            return results
+        iterators = [iter(microbatches) for _ in self.chunks]
         result: list[Any] = get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=lambda iterator, model: forward_step(next(iterator), model),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
-            num_microbatches=microbatches,
+            num_microbatches=len(microbatches),
             seq_length=sequence_length,
             micro_batch_size=micro_batch_size,
             forward_only=forward_only,
@@ -277,8 +291,10 @@ class DenseSide:
             group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
 
 
-def wrap(config: Config, tconfig: TransformerConfig, chunks: list[GPTModel]) -> DenseSide:
-    """DistributedDataParallel and optimizer around the chunks; gradients in fp32."""
+def wrap(
+    config: Config, tconfig: TransformerConfig, chunks: list[GPTModel], mesh: Mesh, service: ExpertService | None
+) -> DenseSide:
+    """DistributedDataParallel and optimizer around the chunks; gradients in fp32. `service`: experts at home."""
     state_width = config.moe.state_width if config.moe.router in STATEFUL_ROUTERS else 0
     # Schedules take the shape of what stages exchange from the DDP's configuration (utils.py:604): a copy whose
     # hidden size has room for the state makes every schedule carry it.
@@ -313,7 +329,22 @@ def wrap(config: Config, tconfig: TransformerConfig, chunks: list[GPTModel]) -> 
     if p.overlap_grad_reduce:
         no_sync = [d.no_sync for d in ddps]
         wide.no_sync_func = no_sync if len(ddps) > 1 else no_sync[0]
-    return DenseSide(ddps, optimizer, wide)
+    if service is None:
+        return DenseSide(ddps, optimizer, wide)
+    sequence = config.model.sequence_length // mesh.tensor
+    lockstep = LockstepPipeline(
+        model=ddps[0],
+        service=service,
+        stage=service.stage,
+        stages=mesh.pipeline,
+        lag=p.lag,
+        group=parallel_state.get_pipeline_model_parallel_group(),
+        shape=(sequence, config.train.micro_batch_size, wide.hidden_size),
+        dtype=tconfig.params_dtype,
+        device=cpu_host.device(),
+        overlap_grad_reduce=p.overlap_grad_reduce,
+    )
+    return DenseSide(ddps, optimizer, wide, lockstep)
 
 
 def optimizer_sharding(dense: DenseSide, world: Any) -> str:

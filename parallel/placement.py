@@ -1,14 +1,16 @@
-"""Where the experts of the pool live: a pure function of windows, stages and degrees, printable before a run.
+"""Where the experts of the pool live: who holds which rows, in what order, and shared with whom. Free of torch.
 
-An expert lives on one expert-parallel coordinate, `e % EP`, so that any window of consecutive ids spreads evenly, and
-there on one or more pipeline stages, its *holders*. Under `replicate` the holders of an expert are the stages whose
-layers see it: each holds a copy, and the copies are extra data-parallel replicas whose gradients are summed.
+An expert lives in one column (expert-parallel coordinate) and there on one or more pipeline stages, its *holders*.
+Each holds a copy, and the copies are extra data-parallel replicas whose gradients are summed. `planner.py` chooses
+holders and columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -36,38 +38,75 @@ class Placement:
     def pool(self) -> int:
         return len(self.holders)
 
+    @cached_property
+    def _ids(self) -> tuple[tuple[int, ...], ...]:
+        """Expert ids of each column, ascending."""
+        ids: list[list[int]] = [[] for _ in range(self.expert_parallel)]
+        for e, column in enumerate(self.columns):
+            ids[column].append(e)
+        return tuple(map(tuple, ids))
+
     def rows(self, stage: int, ep_rank: int) -> tuple[int, ...]:
         """Expert ids held by a cell, ascending: row i of the cell's part of the pool is expert rows[i]."""
-        return tuple(
-            e for e in range(self.pool) if self.columns[e] == ep_rank and stage in self.holders[e]
-        )
+        return tuple(e for e in self._ids[ep_rank] if stage in self.holders[e])
 
     def server(self, expert: int, stage: int) -> int:
         """The stage that computes `expert` for tokens of `stage`: itself if it holds a copy, else the nearest holder."""
         return min(self.holders[expert], key=lambda s: (abs(s - stage), s))
 
+    @cached_property
+    def _runs(self) -> tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]:
+        out = []
+        for ids in self._ids:
+            lengths: list[int] = []
+            sets: list[tuple[int, ...]] = []
+            newest = [-1] * self.pipeline  # the run in which a stage's newest row stands
+            for e in ids:
+                stages = self.holders[e]
+                run = newest[stages[0]] if stages else -1
+                if run >= 0 and sets[run] == stages and all(newest[s] == run for s in stages):
+                    lengths[run] += 1
+                    continue
+                for s in stages:
+                    newest[s] = len(sets)
+                lengths.append(1)
+                sets.append(stages)
+            out.append(tuple(zip(lengths, sets, strict=True)))
+        return tuple(out)
+
+    def column_runs(self, ep_rank: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(rows, holders) of every segment in one column, each named once and not once a holder."""
+        return self._runs[ep_rank]
+
     def segments(self, stage: int, ep_rank: int) -> tuple[Segment, ...]:
         """The cell's rows as segments. Holders (0,), (0, 1), (1,), (0, 1) -> on stage 1: [0, 1), [1, 2), [2, 3).
 
-        Cut where the holders change along the whole EP column, not along the cell's own rows: all holders must find
-        the same segments, and a stage that lacks what lies between two of them must not join them.
+        A row joins the segment before it where the holders are the same and none of them has another row in between:
+        so all holders find the same segments. Holders (0,), (1,), (0,) -> on stage 0: [0, 2).
         """
-        out: list[Segment] = []
-        row, previous = 0, None
-        for e in (e for e in range(self.pool) if self.columns[e] == ep_rank):
-            stages = self.holders[e]
+        out, row = [], 0
+        for length, stages in self._runs[ep_rank]:
             if stage in stages:
-                if stages == previous:
-                    out[-1] = Segment(out[-1].start, row + 1, stages)
-                else:
-                    out.append(Segment(row, row + 1, stages))
-                row += 1
-            previous = stages
+                out.append(Segment(row, row + length, stages))
+                row += length
         return tuple(out)
 
     def stage_sets(self) -> tuple[tuple[int, ...], ...]:
         """Every distinct set of holders, sorted: one process group for each, made in this order on all ranks."""
         return tuple(sorted(set(self.holders)))
+
+
+def common_pieces(segment_rows: Iterable[tuple[int, int]], row: int) -> int:
+    """How many pieces a row of `row` numbers is cut in so that every replica of every segment can get a share.
+
+    `segment_rows` are (rows, replicas) of all segments of all ranks: with at least as many rows as replicas, whole
+    rows (1 piece); otherwise the next power of two that gives each replica a piece, as far as it divides the row.
+    """
+    need = max((math.ceil(replicas / rows) for rows, replicas in segment_rows if rows), default=1)
+    pieces = 1
+    while pieces < need and row % (pieces * 2) == 0:
+        pieces *= 2
+    return pieces
 
 
 def replicate(

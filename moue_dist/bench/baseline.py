@@ -8,9 +8,9 @@ DistributedOptimizer. Widths, numbers, parallel degrees, batches and learning ra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -26,8 +27,9 @@ from moue_dist.config import Config, ConfigError
 from moue_dist.parallel import cpu_host, megatron
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.schedules import learning_rate
-from moue_dist.step import Batch, _forward_step
 from moue_dist.validate import Resolved
+
+Batch = Mapping[str, Tensor]  # tokens, labels, position_ids, each [b, s] int64
 
 
 def plain_form(config: Config) -> Config:
@@ -36,8 +38,9 @@ def plain_form(config: Config) -> Config:
     Raises ConfigError where that is no whole number, or does not go with top_k and expert parallelism.
     """
     e = config.moe
-    router = "sigmoid" if e.router == "sigmoid" else "softmax"
-    plain = replace(config, moe=replace(e, topology="private", window=0, stride=0, group=1, router=router))
+    router: Literal["sigmoid", "softmax"] = "sigmoid" if e.router == "sigmoid" else "softmax"
+    moe = replace(e, topology="private", window=0, stride=0, group=1, router=router)
+    plain = replace(config, moe=moe, parallel=replace(config.parallel, placement="replicate"))
     window, ep = plain.topology().window, config.parallel.expert_parallel
     if window < e.top_k or window % ep:
         raise ConfigError(
@@ -58,7 +61,8 @@ def describe(config: Config, tconfig: TransformerConfig, grads: str) -> dict[str
     defaults = {field.name: field.default for field in dataclasses.fields(tconfig)}
     simple = (bool, int, float, str, list, type(None))
     changed = {k: v for k, v in vars(tconfig).items() if k in defaults and isinstance(v, simple) and v != defaults[k]}
-    return {"form": form, "gradients": grads, "settings": changed}
+    gradients = grads if tconfig.bf16 else "fp32"  # never narrower than the weights
+    return {"form": form, "gradients": gradients, "settings": changed}
 
 
 def transformer_config(config: Config, mesh: Mesh, resolved: Resolved) -> TransformerConfig:
@@ -109,21 +113,30 @@ class Baseline:
     def __init__(self, config: Config, mesh: Mesh, pp: int, resolved: Resolved, grads: str) -> None:
         self.config, self.mesh = config, mesh
         self.tconfig = transformer_config(config, mesh, resolved)
-        self.side = _wrap(config, self.tconfig, self._chunks(pp, resolved.transformer_engine), grads == "fp32")
+        self.chunks, self.optimizer = _wrap(
+            config, self.tconfig, self._chunks(pp, resolved.transformer_engine), grads == "fp32"
+        )
 
     def step(self, microbatches: Sequence[Batch], step: int) -> Tensor:
         """One optimizer step; this rank's share of the mean loss, fp64 [1] on the device, not reduced."""
-        o, side = self.config.optim, self.side
-        side.zero_grad()
-        results = side.run_schedule(
-            _forward_step,
-            [iter(microbatches) for _ in side.chunks],
-            microbatches=len(microbatches),
-            sequence_length=self.config.model.sequence_length,
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        iterators = [iter(microbatches) for _ in self.chunks]
+        results = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=len(microbatches),
+            seq_length=self.config.model.sequence_length,
             micro_batch_size=self.config.train.micro_batch_size,
+            forward_only=False,
         )
-        side.set_rates(learning_rate(o, step, self.config.train.steps), o.weight_decay)
-        side.optimizer.step()
+        o = self.config.optim
+        for group in self.optimizer.param_groups:  # as megatron-core's scheduler would set them
+            group["lr"] = learning_rate(o, step, self.config.train.steps) * group.get("lr_mult", 1.0)
+            group["weight_decay"] = o.weight_decay * group.get("wd_mult", 1.0)
+        self.optimizer.step()
         loss = torch.zeros(1, dtype=torch.float64, device=cpu_host.device())
         if results:
             loss += torch.stack([r["loss"] for r in results]).double().mean() / (self.mesh.data * self.mesh.tensor)
@@ -133,7 +146,7 @@ class Baseline:
         """Assignments [L, P] of what `run` routes, over all ranks, on the host; for a step that is not timed."""
         topology, dense = self.config.topology(), self.config.model.dense_layers
         counts_lw = torch.zeros(topology.layers, topology.window, dtype=torch.float64, device=cpu_host.device())
-        routers = [m for chunk in self.side.chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
+        routers = [m for chunk in self.chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
 
         def tally(router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
             counts_lw[router.layer_number - 1 - dense] += output[1].sum(0)  # the routing map, bool [T, W]
@@ -174,7 +187,20 @@ class Baseline:
         return chunks
 
 
-def _wrap(config: Config, tconfig: TransformerConfig, chunks: list[GPTModel], fp32_grads: bool) -> megatron.DenseSide:
+def _forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+    batch = next(iterator)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+    def loss_of(token_losses_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = token_losses_bs.float().mean()
+        return loss, {"loss": loss.detach().clone()}  # clone: the schedule divides the loss in place
+
+    return output, loss_of
+
+
+def _wrap(
+    config: Config, tconfig: TransformerConfig, chunks: list[GPTModel], fp32_grads: bool
+) -> tuple[list[DistributedDataParallel], Any]:
     o, sharded = config.optim, config.parallel.distributed_optimizer
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=fp32_grads,
@@ -201,7 +227,7 @@ def _wrap(config: Config, tconfig: TransformerConfig, chunks: list[GPTModel], fp
     no_sync = [d.no_sync for d in ddps]
     tconfig.no_sync_func = no_sync if len(ddps) > 1 else no_sync[0]
     tconfig.finalize_model_grads_func = finalize_model_grads
-    return megatron.DenseSide(ddps, optimizer, tconfig)
+    return ddps, optimizer
 
 
 def mean_losses(losses: Sequence[Tensor], group: Any) -> list[float]:

@@ -47,12 +47,18 @@ def numbers(config: Config, world: int, device_name: str, step_ms: list[float], 
 
 def ratio(parts: Mapping[str, Mapping[str, Any]]) -> float | None:
     """Ours over the baseline, in tokens/s/GPU; None unless both were measured."""
-    rates = [parts.get(name, {}).get("tokens_per_s_per_gpu") for name in PARTS]
-    return rates[0] / rates[1] if all(rates) else None
+    ours, theirs = (parts.get(name, {}).get("tokens_per_s_per_gpu") for name in PARTS)
+    return ours / theirs if ours and theirs else None
 
 
 def earlier_runs(path: Path, append: bool) -> list[Any]:
-    """The runs to keep: those of an existing file when appending. Raises ConfigError for a file that is none of ours."""
+    """The runs to keep: those of an existing file when appending. Raises ConfigError for an unusable path."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error.strerror) from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise _unwritable(path, "not a file, or in a folder that cannot be written")
     if not append or not path.exists():
         return []
     try:
@@ -64,15 +70,18 @@ def earlier_runs(path: Path, append: bool) -> list[Any]:
     raise ConfigError(f"--append: {path} is no file of benchmark runs; choose another --output or leave --append out")
 
 
+def _unwritable(path: Path, why: str | None) -> ConfigError:
+    return ConfigError(f"--output {path}: {why}; choose a file that can be written")
+
+
 def write(path: Path, runs: list[Any]) -> None:
     """Write the file at once or not at all. Raises ConfigError where the folder cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(_plain({"runs": runs}), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise ConfigError(f"--output {path}: {error.strerror}; choose a file that can be written") from None
+        raise _unwritable(path, error.strerror) from None
 
 
 def _plain(value: Any) -> Any:
@@ -85,21 +94,12 @@ def _plain(value: Any) -> Any:
 
 
 def show(run: Mapping[str, Any], console: Console) -> None:
-    """The run as a table: a row for each part."""
+    """The run as a table, a row for each part; what its columns are stands below it."""
     parts = run["parts"]
     title = f"{run['config']['name']}: {run['world']} x {run['machine'].get('gpu', 'CPU rank')}"
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("run")
-    for name in (
-        "ms/step",
-        "tokens/s/GPU",
-        "TFLOP/s/GPU",
-        "MFU",
-        "GiB measured",
-        "GiB planned",
-        "load max/mean",
-        "loss",
-    ):
+    for name in ("ms/step", "tokens/s", "TFLOP/s", "MFU", "GiB", "plan", "load", "loss"):
         table.add_column(name, justify="right")
     for name in sorted(parts, key=PARTS.index):
         part = parts[name]
@@ -110,7 +110,7 @@ def show(run: Mapping[str, Any], console: Console) -> None:
             name,
             f"{part['step_ms']:.1f}",
             f"{part['tokens_per_s_per_gpu']:,.0f}",
-            _number(part["tflops_per_gpu"], ".4g"),
+            f"{part['tflops_per_gpu']:.3g}",
             _number(part["mfu"], ".1%"),
             _number(part["memory_gib"], ".2f"),
             _number(part["planned_gib"], ".2f"),
@@ -118,6 +118,7 @@ def show(run: Mapping[str, Any], console: Console) -> None:
             f"{part['losses'][-1]:.4f}",
         )
     console.print(table)
+    console.print("per GPU; GiB: allocated on the fullest rank, and planned; load: max/mean, worst layer")
     if run["ratio"] is not None:
         console.print(f"ours / baseline: [bold]{run['ratio']:.3f}[/bold] in tokens/s/GPU")
 

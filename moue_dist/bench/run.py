@@ -11,10 +11,11 @@ import gc
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ import torch.distributed as dist
 from moue_dist.bench import result
 from moue_dist.bench.options import BenchOptions
 from moue_dist.config import Config, ConfigError
-from moue_dist.data import Batches, build_datasets, data_folder, prepare_corpus
 from moue_dist.devices import Device
 from moue_dist.memory import GIB
 from moue_dist.parallel import cpu_host
@@ -93,6 +93,8 @@ def run(config: Config, place: Place, options: BenchOptions) -> int:
 
 def _read_batches(config: Config, place: Place, steps: int, world: Any) -> list[list[dict[str, torch.Tensor]]]:
     """The first steps' microbatches of this data rank, as training reads them, all on the device."""
+    from moue_dist.data import Batches, build_datasets, data_folder, prepare_corpus
+
     mesh = build_mesh(place.world_size, config.parallel)
     folder = data_folder(config, Path(config.output).expanduser() / "bench")
     if place.rank == 0:
@@ -111,7 +113,7 @@ def _describe(setting: Setting) -> dict[str, Any]:
         "command": shlex.join(["moue", *sys.argv[1:]]),
         "note": options.pop("note"),
         "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(setting.resolved.device == "cuda"),
         "versions": versions(),
         "world": setting.place.world_size,
@@ -156,6 +158,8 @@ def _give_back() -> None:
     """Forget megatron-core's groups and return every cached block to the device."""
     from moue_dist.parallel import megatron
 
+    if fp8 := sys.modules.get("transformer_engine.pytorch.fp8"):
+        fp8.FP8GlobalStateManager.reset()  # the next part's FP8 statistics are its own
     megatron.shut_down()
     gc.collect()
     torch.cuda.empty_cache()
@@ -171,11 +175,15 @@ def measure_ours(setting: Setting) -> dict[str, Any]:
     system = build_system(config, place.rank, place.world_size, setting.resolved)
     results: list[StepResult] = []
     timing = _time(lambda i: results.append(train_step(system, setting.batches[i], i)), setting)
-    timed = results[setting.options.warmup :]
-    load = load_summary(torch.stack([r.counts_lp for r in timed]).sum(0), system.context.topology)
+    load = load_summary(results[-1].counts_lp, system.context.topology)
     device = setting.device or Device("CPU", (0, 0), 0.0)
     planned = build_plan(config, place.world_size, device).worst.total_bytes / GIB
-    more = {"planned_gib": planned, "losses": [r.loss for r in results], "load": load, "gradients": "fp32"}
+    more: dict[str, Any] = {
+        "planned_gib": planned,
+        "losses": [r.loss for r in results],
+        "load": load,
+        "gradients": "fp32",
+    }
     return result.numbers(config, place.world_size, setting.device_name, **timing, **more)
 
 
@@ -193,7 +201,7 @@ def measure_baseline(setting: Setting) -> dict[str, Any]:
     timing = _time(lambda i: losses.append(stock.step(setting.batches[i], i)), setting)
     last = len(setting.batches) - 1
     counts_lp = stock.counts_of(lambda: stock.step(setting.batches[last], last), setting.world)
-    more = {
+    more: dict[str, Any] = {
         "planned_gib": None,
         "losses": baseline.mean_losses(losses, setting.world),
         "load": load_summary(counts_lp, config.topology()),
@@ -217,7 +225,7 @@ def _time(step: Callable[[int], Any], setting: Setting) -> dict[str, Any]:
             step(warmup + i)
             marks[i + 1].record()
         torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    times = [a.elapsed_time(b) for a, b in pairwise(marks)]
     mine = torch.tensor(
         [*times, torch.cuda.max_memory_allocated() / GIB], device=cpu_host.device(), dtype=torch.float64
     )
@@ -233,7 +241,7 @@ def _time(step: Callable[[int], Any], setting: Setting) -> dict[str, Any]:
 
 
 @contextmanager
-def _no_garbage_collection() -> Any:
+def _no_garbage_collection() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:

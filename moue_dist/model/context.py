@@ -16,6 +16,7 @@ from moue_dist.model.balance import BalanceState, balance_weights
 from moue_dist.model.router import Routing, SharedRouter
 from moue_dist.model.topology import Topology
 from moue_dist.parallel.dispatch import AllToAllDispatcher
+from moue_dist.parallel.lockstep import ExpertService
 from moue_dist.parallel.pool import ExpertPool
 
 
@@ -64,6 +65,8 @@ class MoEContext:
     experts_backend: str
     token_shards: int
     device: torch.device
+    service: ExpertService | None = None  # placements home and hybrid: experts in lock step
+    first_layer: int = 0  # of this rank's stage, among the MoE layers
     loss_scale: float = 1.0
     tallies: Tallies = field(init=False)
     weights_lp: Tensor = field(init=False)

@@ -46,13 +46,15 @@ class MoELayer(MegatronModule):
     def bind(self, context: MoEContext) -> None:
         """Lend the rank's shared parts; unregistered, so that the pool stays out of this module's parameters."""
         window = context.topology.windows[self.index]
-        placement = context.pool.placement
-        table = RouteTable.build(
-            placement.columns, window, placement.expert_parallel, context.pool.ep_rank, context.device
-        )
+        if context.service is not None:
+            object.__setattr__(self, "_table", context.service.table(window))
+            object.__setattr__(self, "_round", self.index - context.first_layer)
+        else:
+            placement, me = context.pool.placement, context.pool.ep_rank
+            table = RouteTable.build(placement.columns, window, placement.expert_parallel, me, context.device)
+            object.__setattr__(self, "_table", table)
+            object.__setattr__(self, "_slab", context.pool.slab(window))
         object.__setattr__(self, "_context", context)
-        object.__setattr__(self, "_table", table)
-        object.__setattr__(self, "_slab", context.pool.slab(window))
 
     def forward(
         self, hidden_sbd: Tensor, state_sbr: Tensor | None = None, padding_mask: Tensor | None = None
@@ -62,18 +64,23 @@ class MoELayer(MegatronModule):
         x_td = hidden_sbd.reshape(-1, hidden_sbd.shape[-1])
         state_tr = None if state_sbr is None else state_sbr.reshape(-1, state_sbr.shape[-1])
 
-        routing = self.router(x_td, state_tr, context.shared_router, context.bias)
+        service = context.service
+        chosen = service.replayed(self._round) if service is not None else None
+        routing = self.router(x_td, state_tr, context.shared_router, context.bias, chosen)
         weights_tk = context.observe(self.index, self.router.window, routing)
-        rows_rd, counts, counts_host, handle = context.dispatcher.dispatch(x_td, routing.ids_tk, self._table)
-        rows_rd = expert_mlp(
-            rows_rd,
-            counts,
-            self._slab,
-            backend=context.experts_backend,
-            recompute=self.run.parallel.recompute == "selective",
-            counts_host=counts_host,
-        )
-        y_td = context.dispatcher.combine(rows_rd, weights_tk, handle)
+        if service is not None:  # experts at home: the same three statements, on the ranks that hold them
+            y_td = service.exchange(x_td, routing.ids_tk, weights_tk, self._table, self._round)
+        else:
+            rows_rd, counts, counts_host, handle = context.dispatcher.dispatch(x_td, routing.ids_tk, self._table)
+            rows_rd = expert_mlp(
+                rows_rd,
+                counts,
+                self._slab,
+                backend=context.experts_backend,  # type: ignore[arg-type]
+                recompute=self.run.parallel.recompute == "selective",
+                counts_host=counts_host,
+            )
+            y_td = context.dispatcher.combine(rows_rd, weights_tk, handle)
 
         y_sbd = y_td.view(hidden_sbd.shape)
         if self.shared_expert is not None:

@@ -41,6 +41,27 @@ class RouterOptions:
     scale: float
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """Columns of the top k by score plus bias, of a random draw, or of ids chosen before."""
+
+    options: RouterOptions
+    force_balance: bool
+    bias_w: Tensor | None
+    window: Tensor
+    chosen_tk: Tensor | None
+
+    def __call__(self, basis_tw: Tensor) -> Tensor:
+        if self.chosen_tk is not None:
+            return torch.searchsorted(self.window, self.chosen_tk)
+        basis_tw = basis_tw.detach()
+        if self.force_balance:
+            basis_tw = torch.rand_like(basis_tw)
+        elif self.bias_w is not None:
+            basis_tw = basis_tw + self.bias_w
+        return basis_tw.topk(self.options.top_k, dim=-1).indices
+
+
 class SharedRouter(nn.Module):
     """Router parameters that every layer uses, fp32: `keys` [P, r] and `transition` [r, r], or a GRU's weights.
 
@@ -87,60 +108,63 @@ class Router(nn.Module):
             self.input = parameter(r, hidden)
             self.gate = parameter(w, r)
 
-    def forward(self, x_td: Tensor, state_tr: Tensor | None, shared: SharedRouter, bias_p: Tensor | None) -> Routing:
-        """Route T tokens. `bias_p` [P] is the loss-free balance bias: it moves the choice, never the weights."""
+    def forward(
+        self,
+        x_td: Tensor,
+        state_tr: Tensor | None,
+        shared: SharedRouter,
+        bias_p: Tensor | None,
+        chosen_tk: Tensor | None = None,
+    ) -> Routing:
+        """Route T tokens. `bias_p` [P] is the loss-free balance bias: it moves the choice, never the weights.
+
+        `chosen_tk` are expert ids to take instead of choosing: what an earlier run of the same tokens chose.
+        """
         bias_w = None if bias_p is None else bias_p[self.window]
+        choose = _Choice(self.options, self.force_balance, bias_w, self.window, chosen_tk)
         if self.kind == "universal":
-            return self._universal(x_td, state_tr, shared, bias_w)
+            return self._universal(x_td, state_tr, shared, choose)
         if self.kind == "recurrent":
             hidden = _gru(_fp32_linear(x_td, self.input), state_tr, shared.w_ih, shared.w_hh)
-            routing = self._softmax(_fp32_linear(hidden, self.gate), bias_w)
+            routing = self._softmax(_fp32_linear(hidden, self.gate), choose)
             return routing._replace(state_tr=hidden)
-        logits = _fp32_linear(x_td, self.weight)
-        choose = {"softmax": self._softmax, "sigmoid": self._sigmoid, "norm": self._norm}[self.kind]
-        return choose(logits, bias_w)
+        score = {"softmax": self._softmax, "sigmoid": self._sigmoid, "norm": self._norm}[self.kind]
+        return score(_fp32_linear(x_td, self.weight), choose)
 
-    def _universal(self, x_td: Tensor, state_tr: Tensor | None, shared: SharedRouter, bias_w: Tensor | None) -> Routing:
+    def _universal(self, x_td: Tensor, state_tr: Tensor | None, shared: SharedRouter, choose: _Choice) -> Routing:
         assert state_tr is not None
         query = _fp32_linear(x_td, self.query) + state_tr @ shared.transition.t()
         keys = shared.keys[self.window]
-        routing = self._softmax(query @ keys.t() / math.sqrt(keys.shape[1]), bias_w)
+        routing = self._softmax(query @ keys.t() / math.sqrt(keys.shape[1]), choose)
         chosen_tkr = shared.keys[routing.ids_tk]
         moved = self.decay * state_tr + (routing.weights_tk[:, :, None] * chosen_tkr).sum(1)
         state = F.rms_norm(moved, moved.shape[-1:], eps=STATE_EPS)
         return self._scaled(routing)._replace(state_tr=state)
 
-    def _softmax(self, logits: Tensor, bias_w: Tensor | None) -> Routing:
+    def _softmax(self, logits: Tensor, choose: _Choice) -> Routing:
         scores = logits.softmax(-1)
         basis = logits if self.options.topk_first else scores
-        columns = self._choose(basis, bias_w)
+        columns = choose(basis)
         weights = logits.gather(1, columns).softmax(-1) if self.options.topk_first else scores.gather(1, columns)
         if self.options.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         routing = Routing(self.window[columns], weights, None, scores, logits)
         return routing if self.kind == "universal" else self._scaled(routing)
 
-    def _sigmoid(self, logits: Tensor, bias_w: Tensor | None) -> Routing:
+    def _sigmoid(self, logits: Tensor, choose: _Choice) -> Routing:
         raw = logits.sigmoid()
-        columns = self._choose(raw, bias_w)
+        columns = choose(raw)
         weights = raw.gather(1, columns)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return self._scaled(Routing(self.window[columns], weights, None, raw / raw.sum(-1, keepdim=True), logits))
 
-    def _norm(self, logits: Tensor, bias_w: Tensor | None) -> Routing:
+    def _norm(self, logits: Tensor, choose: _Choice) -> Routing:
         unit = logits / (logits.norm(dim=-1, keepdim=True) + 1e-6)
-        columns = self._choose(unit, bias_w)
+        columns = choose(unit)
         positive = unit.relu()
         weights = positive.gather(1, columns) * self.scale.float() * self.norm_constant
         scores = positive / (positive.sum(-1, keepdim=True) + 1e-6)
         return self._scaled(Routing(self.window[columns], weights, None, scores, logits))
-
-    def _choose(self, basis: Tensor, bias_w: Tensor | None) -> Tensor:
-        """Columns of the top k by score plus bias."""
-        basis = basis.detach() if bias_w is None else basis.detach() + bias_w
-        if self.force_balance:
-            basis = torch.rand_like(basis)
-        return basis.topk(self.options.top_k, dim=-1).indices
 
     def _scaled(self, routing: Routing) -> Routing:
         scale = self.options.scale

@@ -151,11 +151,18 @@ def started(action: str, folder: Path) -> subprocess.Popen[str]:
     return launcher
 
 
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def assert_gone(folder: Path, *kinds: str) -> None:
     pids = [int(file.read_text().split()[0]) for kind in kinds for file in folder.glob(f"{kind}?")]
     assert len(pids) == 2 * len(kinds)
     end = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) for pid in pids):
+    while any(alive(pid) for pid in pids):
         assert time.monotonic() < end, "a process outlived its launcher"
         time.sleep(0.05)
 

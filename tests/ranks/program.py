@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
         helper = subprocess.Popen(["sleep", "300"])  # as a checkpoint writer: outlives its rank unless someone cares
         (folder / f"helper{place.rank}").write_text(str(helper.pid))
     if action == "fail" and place.rank == 1:
+        while not (folder / "helper0").exists():
+            time.sleep(0.01)
         print("rank 1 gives up", file=sys.stderr, flush=True)
         os._exit(5)
     if action in ("fail", "wait"):

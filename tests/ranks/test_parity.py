@@ -1,71 +1,26 @@
 """Every layout trains the model that one process trains: losses, gradient norms, counts and all weights of five steps.
 
 The measure is the plain reference in `tests/reference.py`, in fp32 from the same weights on the same tokens. A case is
-a layout and a model; the table covers every pair of the values below (`test_the_table_covers_every_pair`).
+a layout and a model of `cases.py`; two cases of one world size share their processes.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
 import pytest
 import torch
 
-from moue_dist.config import (
-    BalanceConfig,
-    Config,
-    ConfigError,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-)
 from moue_dist.validate import validate
 from tests.ranks import parity
+from tests.ranks.cases import MODELS, Case
 from tests.ranks.spawn import RankPool
 
 TOLERANCE = 1e-5  # norm of the difference over the norm, of every tensor
-STEPS = 5
 
-# eps: Adam moves a weight by m / (sqrt(v) + eps). With a tiny eps a gradient that is only rounding (1e-9 where others
-# are 1e-2) moves it by a full step in a random direction; 1e-6 lets it move by what it is.
-BASE = Config(
-    model=ModelConfig(layers=4, hidden_size=32, heads=4, kv_heads=2, vocab_size=256, sequence_length=16, init_std=0.1),
-    moe=MoEConfig(pool=16, top_k=2, expert_width=16, topology="private", state_width=8),
-    optim=OptimizerConfig(lr=3e-3, eps=1e-6, clip_grad=0.5, warmup_steps=1, schedule="cosine"),
-    train=TrainConfig(global_batch_size=4, micro_batch_size=1, steps=STEPS),
-)
-BLOCK: dict[str, Any] = {"topology": "block", "group": 2}
-RING: dict[str, Any] = {"topology": "rotational", "window": 8, "stride": 4}
-ODD = (1, 3, 5, 7, 9, 11, 13, 15)
-
-# Name: what differs from BASE. "dead": the odd experts get no token, with expert parallelism a whole rank of them.
-MODELS: dict[str, dict[str, dict[str, Any]]] = {
-    "plain": {},
-    "switch": {"balance": {"layer": 0.05, "z_loss": 0.01}},
-    "all of the window": {"moe": {"top_k": 4}, "balance": {"layer": 0.05}},
-    "mixtral": {"moe": {**BLOCK, "score": "topk_softmax", "route_scale": 2.5}, "balance": {"uelb": 0.05, "bias": 0.01}},
-    "qwen": {"moe": {**RING, "renormalise": True, "shared_expert_width": 16}, "balance": {"uelb": 0.05}},
-    "deepseek": {"moe": {**BLOCK, "router": "sigmoid", "route_scale": 1.5}, "balance": {"bias": 0.02, "pool": 0.02}},
-    "unipool": {"moe": {"topology": "full", "router": "norm"}, "balance": {"pool": 0.05}},
-    "moue": {"moe": {**RING, "router": "universal"}, "balance": {"uelb": 0.05, "z_loss": 0.01}},
-    "moue, full": {"moe": {"topology": "full", "router": "universal"}, "balance": {"uelb": 0.05, "layer": 0.02}},
-    "recurrent": {"moe": {**RING, "router": "recurrent"}, "balance": {"uelb": 0.05, "pool": 0.02, "layer": 0.02}},
-    "dead": {"moe": {**RING, "router": "softmax"}, "balance": {"bias": 0.01, "z_loss": 0.01}},
-    "dense first": {"model": {"dense_layers": 2}, "moe": {**RING, "router": "universal"}, "balance": {"uelb": 0.05}},
-    "five layers": {
-        "model": {"layers": 5, "dense_layers": 1, "kv_heads": 0},
-        "moe": {**RING, "router": "universal"},
-        "balance": {"uelb": 0.05},
-    },
-    "tied head": {"model": {"tied_head": True, "qk_norm": False}, "moe": {**BLOCK, "router": "recurrent"}},
-}
-FORCED = [
+CASES = [
+    # What is most likely to break.
     ("pp2 1-3", "moue"),
     ("pp2 3-1 selective", "recurrent"),
     ("pp2 v2 overlap", "tied head"),
@@ -89,50 +44,46 @@ FORCED = [
     ("pp2 ep2 dp2 tp2 overlap", "moue"),
     ("pp4 ep2 dp2 full", "recurrent"),
     ("pp2 ep4 dp4", "moue"),
+    # What completes the pairs (`test_the_table_covers_every_pair`).
+    ("", "moue"),
+    ("full mb4", "deepseek"),
+    ("full overlap mb2", "qwen"),
+    ("full overlap mb4", "unipool"),
+    ("full overlap mb4", "mixtral"),
+    ("overlap mb2", "moue, full"),
+    ("overlap mb4", "plain"),
+    ("overlap mb4", "dead"),
+    ("overlap plain", "switch"),
+    ("selective mb2", "recurrent"),
+    ("selective mb4", "all of the window"),
+    ("selective mb4", "tied head"),
+    ("selective mb4", "five layers"),
+    ("ep2 dp2", "deepseek"),
+    ("pp2 v2 full mb2", "unipool"),
+    ("pp2 v2 full overlap mb2", "plain"),
+    ("pp2 v2 selective overlap mb2", "deepseek"),
+    ("ep4 dp2 tp2 full overlap", "switch"),
+    ("ep4 dp2 tp2 mb2", "deepseek"),
+    ("ep4 dp2 tp2 selective overlap mb2", "unipool"),
+    ("ep4 dp4 selective", "tied head"),
+    ("pp2 ep2 tp2 v2 selective overlap mb2", "all of the window"),
+    ("pp4 overlap", "unipool"),
+    ("pp4 selective mb4", "deepseek"),
+    ("pp4 selective overlap mb2", "switch"),
+    ("pp4 selective overlap mb4", "mixtral"),
+    # Routers on topologies that the named models do not pair.
+    ("pp2 mb4", "norm on block"),
+    ("ep2 dp2 mb2", "norm on private"),
+    ("dp2 mb2", "norm on rotational"),
+    ("pp2 mb4", "recurrent on full"),
+    ("ep2 dp2 mb2", "recurrent on private"),
+    ("dp2 mb2", "sigmoid on full"),
+    ("pp2 mb4", "sigmoid on private"),
+    ("ep2 dp2 mb2", "sigmoid on rotational"),
+    ("dp2 mb2", "softmax on full"),
+    ("pp2 mb4", "universal on block"),
+    ("ep2 dp2 mb2", "universal on private"),
 ]
-CASES: list[tuple[str, str]] = []
-
-
-@dataclass(frozen=True)
-class Case:
-    """`layout` is words: pp2 ep2 dp2 tp2 v2 (virtual stages), full or selective (recompute), overlap, mb2 (sequences
-    a microbatch), plain (no distributed optimizer), 1-3 (layers of each stage)."""
-
-    layout: str
-    model: str
-
-    def degree(self, name: str) -> int:
-        return next((int(w[len(name) :]) for w in self.layout.split() if w.rstrip("0123456789") == name), 1)
-
-    @property
-    def world(self) -> int:
-        return self.degree("pp") * self.degree("dp") * self.degree("tp")
-
-    @cached_property
-    def config(self) -> Config:
-        words = self.layout.split()
-        parts = MODELS[self.model]
-        return replace(
-            BASE,
-            model=replace(BASE.model, **parts.get("model", {})),
-            moe=replace(BASE.moe, **parts.get("moe", {})),
-            balance=BalanceConfig(**parts.get("balance", {})),
-            parallel=ParallelConfig(
-                pipeline_parallel=self.degree("pp"),
-                virtual_stages=self.degree("v"),
-                expert_parallel=self.degree("ep"),
-                tensor_parallel=self.degree("tp"),
-                stage_layers=tuple(int(n) for w in words if "-" in w for n in w.split("-")),
-                overlap_grad_reduce="overlap" in words,
-                recompute=next((w for w in ("full", "selective") if w in words), "none"),  # type: ignore[arg-type]
-                distributed_optimizer="plain" not in words,
-            ),
-            train=replace(BASE.train, micro_batch_size=self.degree("mb")),
-        )
-
-    @property
-    def kill(self) -> tuple[int, ...]:
-        return ODD if self.model == "dead" else ()
 
 
 def pairs_of(case: Case) -> Iterator[tuple[str, str]]:
@@ -151,11 +102,42 @@ def pairs_of(case: Case) -> Iterator[tuple[str, str]]:
         "router": c.moe.router,
         "topology": c.moe.topology,
     }
-    for a, b in itertools.combinations([f"{k}={v}" for k, v in axes.items()], 2):
-        yield a, b
-    yield f"model={case.model}", "pipeline" if p.pipeline_parallel > 1 else "one stage"
-    yield f"model={case.model}", "several" if case.world > 1 else "one rank"
-    yield f"plain={not p.distributed_optimizer}", f"data={min(case.degree('dp'), 2)}"
+    yield from itertools.combinations([f"{k}={v}" for k, v in axes.items()], 2)
+
+
+def test_the_table_covers_every_pair() -> None:
+    values = {
+        "pipeline": (1, 2, 4),
+        "expert": (1, 2, 4),
+        "data": (1, 2),
+        "tensor": (1, 2),
+        "recompute": ("none", "selective", "full"),
+        "overlap": (False, True),
+        "accumulation": (False, True),
+        "virtual": (1, 2),
+        "router": ("softmax", "sigmoid", "norm", "universal", "recurrent"),
+        "topology": ("private", "block", "full", "rotational"),
+    }
+    all_pairs = {
+        (f"{a}={x}", f"{b}={y}")
+        for (a, of_a), (b, of_b) in itertools.combinations(values.items(), 2)
+        for x in of_a
+        for y in of_b
+    }
+    covered = set().union(*(pairs_of(Case(layout, model)) for layout, model in CASES))
+    assert all_pairs - covered == {
+        ("pipeline=1", "virtual=2"),  # nothing to interleave
+        ("accumulation=False", "virtual=2"),  # interleaving needs as many microbatches as stages
+        ("expert=4", "data=1"),  # four expert ranks of one stage are at least two data ranks here
+        ("pipeline=4", "virtual=2"),  # needs eight layers
+        ("pipeline=4", "expert=4"),  # needs 16 ranks
+        ("pipeline=4", "tensor=2"),  # 8 ranks each: three of that size are enough
+        ("expert=4", "virtual=2"),
+    }
+    assert {model for _, model in CASES} == MODELS.keys()
+    used = [Case(*case).config for case in CASES]
+    assert {c.parallel.distributed_optimizer for c in used} == {True, False}
+    assert any(sorted(c.parallel.stage_layers) != list(c.parallel.stage_layers) for c in used)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +155,7 @@ def yardstick(ranks: Callable[[int], RankPool]) -> Callable[[Case], parity.Yards
     return get
 
 
-@pytest.mark.parametrize(("layout", "model"), FORCED + CASES, ids=lambda word: word.replace(" ", "_") or "one_rank")
+@pytest.mark.parametrize(("layout", "model"), CASES, ids=lambda word: word.replace(" ", "_") or "one_rank")
 def test_a_layout_trains_what_one_process_trains(
     layout: str, model: str, ranks: Callable[[int], RankPool], yardstick: Callable[[Case], parity.Yardstick]
 ) -> None:

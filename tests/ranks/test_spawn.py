@@ -15,6 +15,13 @@ import torch.distributed as dist
 from tests.ranks.spawn import ROOT, RankFailure, RankPool, run_ranks
 
 
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def total(offset: float) -> torch.Tensor:
     x = torch.full((2,), dist.get_rank() + offset)
     dist.all_reduce(x)
@@ -49,7 +56,7 @@ def test_many_cases_run_in_the_same_ranks() -> None:
         for result in pool.run(total, offset=0.5):
             assert result.tolist() == [4.5, 4.5]
         assert pool.run(who) == first
-    assert not any(psutil.pid_exists(pid) for _, pid in first)
+    assert not any(alive(pid) for _, pid in first)
 
 
 @pytest.mark.parametrize(("fn", "message"), [(fail_on, "ValueError: no luck on 1"), (leave_on, "exit code 7")])
@@ -59,7 +66,7 @@ def test_first_failure_is_raised_and_the_next_run_starts_afresh(fn: object, mess
         with pytest.raises(RankFailure, match=message) as failure:
             pool.run(fn, 1)  # type: ignore[arg-type]
         assert failure.value.rank == 1
-        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert not any(alive(pid) for pid in pids)
         assert [rank for rank, _ in pool.run(who)] == [0, 1]
 
 
@@ -82,6 +89,6 @@ pool.run(sleep_on, 0)
         assert len(pids) == 2
         parent.kill()
     end = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) for pid in pids):
+    while any(alive(pid) for pid in pids):
         assert time.monotonic() < end, "a rank outlived the test process"
         time.sleep(0.05)
