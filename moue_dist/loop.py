@@ -18,6 +18,7 @@ from moue_dist.model.balance import load_summary
 from moue_dist.parallel.pool_sync import UnequalReplicas, check_replicas
 from moue_dist.power import PowerMeter
 from moue_dist.progress import Progress
+from moue_dist.slot_log import SlotLog
 from moue_dist.step import StepResult, TrainingError, evaluate, train_step
 
 GIB = 2**30
@@ -67,6 +68,7 @@ class _Loop:
         self.power = PowerMeter(system.device.index if system.device.type == "cuda" else None)
         self.counts_lp: Tensor | None = None  # assignments since the last usage line
         self.saved_at = -1
+        self.slots = SlotLog(system, run_dir, done.step)
 
     def run(self) -> None:
         t = self.system.config.train
@@ -86,11 +88,12 @@ class _Loop:
     def _one(self, step: int) -> None:
         system, t = self.system, self.system.config.train
         microbatches = self.batches.microbatches(step, system.coord.dp, system.mesh.data)
-        torch.cuda.synchronize()
-        self.meter.start()
-        result = train_step(system, microbatches, step)
-        torch.cuda.synchronize()
-        rates = self.meter.stop()
+        with self.slots.step(step) as timeline:
+            torch.cuda.synchronize()
+            self.meter.start()
+            result = train_step(system, microbatches, step, timeline)
+            torch.cuda.synchronize()
+            rates = self.meter.stop()
         self.done = checkpoint.Progress(step + 1, self.done.tokens + self.meter.tokens_per_step)
         self.counts_lp = result.counts_lp if self.counts_lp is None else self.counts_lp + result.counts_lp
         if (step + 1) % t.log_interval == 0 or step + 1 == t.steps:

@@ -15,6 +15,7 @@ from torch import Tensor
 from moue_dist.build import System
 from moue_dist.model.balance import balance_terms
 from moue_dist.model.context import Tallies
+from moue_dist.parallel.timeline import OFF, Timeline
 from moue_dist.schedules import learning_rate
 
 Batch = Mapping[str, Tensor]  # tokens, labels, position_ids, each [b, s] int64
@@ -35,19 +36,21 @@ class StepResult:
     counts_lp: Tensor
 
 
-def train_step(system: System, microbatches: Sequence[Batch], step: int) -> StepResult:
+def train_step(system: System, microbatches: Sequence[Batch], step: int, timeline: Timeline = OFF) -> StepResult:
     """One optimizer step (0-based `step`) over this rank's microbatches of the global batch."""
     context, dense, shared = system.context, system.dense, system.shared
     context.begin_step(len(microbatches))
     dense.zero_grad()
     shared.zero_grad()
 
-    losses = _run(system, microbatches, forward_only=False)  # reduces the dense gradients at its end
-    shared.reduce()
-    norm = _grad_norm(system)
-    if not math.isfinite(norm):
-        raise TrainingError(f"gradient norm is {norm} at step {step + 1}: lower optim.lr, or look at the last losses")
-    lr = _update(system, norm, step)
+    losses = _run(system, microbatches, forward_only=False, timeline=timeline)  # reduces dense gradients at its end
+    with timeline.span("optimizer"):
+        shared.reduce()
+        norm = _grad_norm(system)
+        if not math.isfinite(norm):
+            at = f"gradient norm is {norm} at step {step + 1}"
+            raise TrainingError(f"{at}: lower optim.lr, or look at the last losses")
+        lr = _update(system, norm, step)
 
     loss, tallies = _reduce_statistics(system, losses)
     total = len(microbatches) * system.mesh.data
@@ -70,7 +73,9 @@ def evaluate(system: System, batches: Sequence[Sequence[Batch]]) -> float:
     return sum(means) / len(means)
 
 
-def _run(system: System, microbatches: Sequence[Batch], *, forward_only: bool) -> list[Tensor]:
+def _run(
+    system: System, microbatches: Sequence[Batch], *, forward_only: bool, timeline: Timeline = OFF
+) -> list[Tensor]:
     """The pipeline schedule; this rank's losses, one a microbatch, on the last stage."""
     results = system.dense.run_schedule(
         _forward_step,
@@ -78,6 +83,7 @@ def _run(system: System, microbatches: Sequence[Batch], *, forward_only: bool) -
         sequence_length=system.config.model.sequence_length,
         micro_batch_size=system.config.train.micro_batch_size,
         forward_only=forward_only,
+        timeline=timeline,
     )
     return [r["loss"] for r in results]
 

@@ -35,6 +35,8 @@ from moue_dist.parallel import cpu_host, state_packing
 from moue_dist.parallel.lockstep import ExpertService
 from moue_dist.parallel.lockstep_pipeline import ForwardStep, LockstepPipeline
 from moue_dist.parallel.mesh import Mesh
+from moue_dist.parallel.schedule_spans import recorded
+from moue_dist.parallel.timeline import OFF, Timeline
 
 STATEFUL_ROUTERS = ("universal", "recurrent")
 
@@ -56,8 +58,17 @@ def initialise(mesh: Mesh, seed: int, timeout_minutes: float) -> None:
 
 
 def shut_down() -> None:
-    """Forget the groups, so that another grid can be built in this process (tests)."""
+    """Forget the grid, so that another can be built in this process (tests). Collective.
+
+    megatron-core only drops its names of the groups; each gloo group keeps threads that poll, so a process that builds
+    grid after grid would drown in them.
+    """
     parallel_state.destroy_model_parallel()
+    torch.distributed.barrier()
+    world = torch.distributed.distributed_c10d._world
+    for group in list(world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
 
 
 def expert_group() -> Any:
@@ -262,6 +273,7 @@ class DenseSide:
         sequence_length: int,
         micro_batch_size: int,
         forward_only: bool = False,
+        timeline: Timeline = OFF,
     ) -> list[Any]:
         """Forward (and backward) of all microbatches; what the loss function returned, on the last stage.
 
@@ -273,15 +285,16 @@ class DenseSide:
                 finalize_model_grads(self.chunks)
             return results
         iterators = [iter(microbatches) for _ in self.chunks]
-        result: list[Any] = get_forward_backward_func()(
-            forward_step_func=lambda iterator, model: forward_step(next(iterator), model),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks,
-            num_microbatches=len(microbatches),
-            seq_length=sequence_length,
-            micro_batch_size=micro_batch_size,
-            forward_only=forward_only,
-        )
+        with recorded(timeline, self.config):
+            result: list[Any] = get_forward_backward_func()(
+                forward_step_func=lambda iterator, model: forward_step(next(iterator), model),
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks,
+                num_microbatches=len(microbatches),
+                seq_length=sequence_length,
+                micro_batch_size=micro_batch_size,
+                forward_only=forward_only,
+            )
         return result
 
     def set_rates(self, lr: float, weight_decay: float) -> None:

@@ -51,7 +51,7 @@ class Placement:
         return tuple(e for e in self._ids[ep_rank] if stage in self.holders[e])
 
     def server(self, expert: int, stage: int) -> int:
-        """The stage that computes `expert` for tokens of `stage`: itself if it holds a copy, else the nearest holder."""
+        """The stage that computes `expert` for tokens of `stage`: itself if it holds a copy, else the nearest."""
         return min(self.holders[expert], key=lambda s: (abs(s - stage), s))
 
     @cached_property
@@ -119,10 +119,13 @@ def replicate(
     """
     if pool % expert_parallel:
         raise ValueError(f"moe.pool={pool} is not divisible by parallel.expert_parallel={expert_parallel}")
-    holders: list[set[int]] = [set() for _ in range(pool)]
+    seen: list[set[int]] = [set() for _ in range(pipeline)]
     for window, stage in zip(windows, stage_of_layer, strict=True):
-        for e in window:
-            holders[e].add(stage)
+        seen[stage].update(window)
+    holders: list[list[int]] = [[] for _ in range(pool)]
+    for stage, ids in enumerate(seen):
+        for e in ids:
+            holders[e].append(stage)
     unseen = [e for e, stages in enumerate(holders) if not stages]
     if unseen and windows:
         raise ValueError(
@@ -130,11 +133,11 @@ def replicate(
             "enlarge moe.window or moe.stride, or shrink moe.pool"
         )
     columns = tuple(e % expert_parallel for e in range(pool))
-    return Placement(pipeline, expert_parallel, tuple(tuple(sorted(stages)) for stages in holders), columns)
+    return Placement(pipeline, expert_parallel, tuple(map(tuple, holders)), columns)
 
 
 def spans(ids: Sequence[int], visible: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Where `visible` (ascending) stands in `ids` (ascending), as ranges: ids (0, 2, 4, 6), visible (0, 4, 6) -> ((0, 1), (2, 4))."""
+    """Where `visible` stands in `ids`, both ascending, as ranges: ids (0, 2, 4, 6), visible (0, 4, 6) -> (0, 1), (2, 4)."""
     at = {e: i for i, e in enumerate(ids)}
     out: list[list[int]] = []
     for e in visible:

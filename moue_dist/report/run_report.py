@@ -12,6 +12,7 @@ import yaml
 
 from moue_dist.config import ConfigError
 from moue_dist.report import figures, html
+from moue_dist.report.gantt import picture_of_time
 from moue_dist.report.html import Picture, share, show
 from moue_dist.report.ring import describe_ring, draw_ring
 from moue_dist.report.runs import Run, number, read_run
@@ -49,12 +50,13 @@ def render_run(run: Run) -> str:
         figures.step_time(run),
         figures.rate_and_norm(run),
         ring_picture(run),
+        picture_of_time(run),
     ]
     body = [
         html.headline(headline(run)),
         html.notes([*run.notes, *_not_finite(run)], "Worth knowing about this run"),
         "<h2>Pictures</h2>",
-        f'<div class="pictures">{"".join(picture.html() for picture in pictures)}</div>',
+        f'<div class="pictures">{"".join(picture.html() for picture in pictures if picture)}</div>',
         "<h2>Facts</h2>",
         html.facts_table(facts(run)),
         html.details("Resolved configuration (config.yaml)", _yaml(run.config) or "config.yaml is missing."),

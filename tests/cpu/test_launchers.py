@@ -144,7 +144,7 @@ def started(action: str, folder: Path) -> subprocess.Popen[str]:
     """A launcher in a process of its own, once both of its ranks have a helper."""
     script = LAUNCH % [action, str(folder)]
     launcher = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not all((folder / f"helper{r}").exists() for r in (0, 1)) and launcher.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -161,7 +161,7 @@ def alive(pid: int) -> bool:
 def assert_gone(folder: Path, *kinds: str) -> None:
     pids = [int(file.read_text().split()[0]) for kind in kinds for file in folder.glob(f"{kind}?")]
     assert len(pids) == 2 * len(kinds)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < end, "a process outlived its launcher"
         time.sleep(0.05)
@@ -169,7 +169,7 @@ def assert_gone(folder: Path, *kinds: str) -> None:
 
 def test_a_failed_rank_ends_the_others(tmp_path: Path) -> None:
     launcher = started("fail", tmp_path)
-    _, error = launcher.communicate(timeout=60)
+    _, error = launcher.communicate(timeout=120)
     assert launcher.returncode == 5
     assert error == "rank 1 gives up\nrank 1 of 2 ended with exit code 5; others were stopped\n"
     assert_gone(tmp_path, "rank", "helper")
@@ -182,7 +182,7 @@ def test_a_signal_ends_all(tmp_path: Path, sent: signal.Signals, times: int) -> 
     for _ in range(times):
         launcher.send_signal(sent)
         time.sleep(0.02)
-    _, error = launcher.communicate(timeout=60)
+    _, error = launcher.communicate(timeout=120)
     assert launcher.returncode == 128 + sent
     assert error == ""
     assert_gone(tmp_path, "rank", "helper")
@@ -212,12 +212,12 @@ def test_ranks_that_mpirun_starts(tmp_path: Path) -> None:
     done = subprocess.run([*base, "sum"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"sum{r}").read_text() for r in range(3)] == ["3", "3", "3"]
-    done = subprocess.run([*base, "fail"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*base, "fail"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 5, done.stderr  # and the two that wait are ended at once
 
 
 def test_mpi_launcher_without_mpi4py_says_what_to_install() -> None:
     script = "import sys; sys.modules['mpi4py'] = None; from moue_dist.launchers.mpi import main; sys.exit(main([]))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "pip install mpi4py" in done.stderr and "Traceback" not in done.stderr

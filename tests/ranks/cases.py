@@ -43,7 +43,11 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "moue, full": {"moe": {"topology": "full", "router": "universal"}, "balance": {"uelb": 0.05, "layer": 0.02}},
     "recurrent": {"moe": {**RING, "router": "recurrent"}, "balance": {"uelb": 0.05, "pool": 0.02, "layer": 0.02}},
     "dead": {"moe": {**RING, "router": "softmax"}, "balance": {"bias": 0.01, "z_loss": 0.01}},
-    "dense first": {"model": {"dense_layers": 2}, "moe": {**RING, "router": "universal"}, "balance": {"uelb": 0.05}},
+    "dense first": {  # of two stages the first has no MoE layer, of four two have none
+        "model": {"dense_layers": 2},
+        "moe": {"topology": "rotational", "window": 12, "stride": 8, "router": "universal"},
+        "balance": {"uelb": 0.05},
+    },
     "five layers": {
         "model": {"layers": 5, "dense_layers": 1, "kv_heads": 0},
         "moe": {**RING, "router": "universal"},

@@ -12,7 +12,6 @@ is raised here, and the next `run` starts fresh processes. Ranks die with the te
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class RankPool:
     """`world` gloo ranks on this machine, started at the first `run` and kept until a failure or `close`."""
 
     def __init__(self, world: int, timeout: float = 120.0) -> None:
-        """`timeout` is in seconds, for one `run`; a collective inside waits no longer than that either."""
+        """`timeout` is in seconds, for one `run`."""
         self.world = world
         self.timeout = timeout
         self._processes: list[Any] = []
@@ -91,7 +91,7 @@ class RankPool:
         port = _free_port()
         for rank in range(self.world):
             mine, theirs = context.Pipe()
-            worker = (rank, self.world, f"{self._folder.name}/store", port, self.timeout, theirs)
+            worker = (rank, self.world, f"{self._folder.name}/store", port, START_SECONDS + self.timeout, theirs)
             process = context.Process(target=_serve, args=worker, name=f"rank {rank}", daemon=True)
             process.start()
             theirs.close()
@@ -153,7 +153,7 @@ def run_ranks(fn: Callable[..., Result], world: int, *args: Any, timeout: float 
 
 def _serve(rank: int, world: int, store: str, port: int, timeout: float, pipe: Connection) -> None:
     """A rank's life: join the group, then answer tasks until an empty one or the end of the test process."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives its parent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
@@ -177,6 +177,14 @@ def _serve(rank: int, world: int, store: str, port: int, timeout: float, pipe: C
     except EOFError:  # the test process is gone
         return
     dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Ends this rank with the test process, even out of a collective that hangs."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def _answer(task: bytes) -> bytes:

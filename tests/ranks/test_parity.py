@@ -39,6 +39,8 @@ CASES = [
     ("pp2 ep2 dp2 v2", "recurrent"),
     ("pp2 ep2 tp2", "qwen"),
     ("pp2 ep2 tp2 selective", "moue"),
+    ("pp2 ep2 dp2 full overlap", "dense first"),
+    ("pp4 overlap", "dense first"),
     ("pp2 tp2 overlap", "tied head"),
     ("pp4 1-2-1-1", "five layers"),
     ("pp2 ep2 dp2 tp2 overlap", "moue"),

@@ -71,8 +71,8 @@ def test_first_failure_is_raised_and_the_next_run_starts_afresh(fn: object, mess
 
 
 def test_time_out_names_the_late_ranks() -> None:
-    with pytest.raises(RankFailure, match=r"ranks \[1\] gave no answer in 1 s"):
-        run_ranks(sleep_on, 2, 1, timeout=1)
+    with pytest.raises(RankFailure, match=r"ranks \[1\] gave no answer in 4 s"):
+        run_ranks(sleep_on, 2, 1, timeout=4)
 
 
 def test_ranks_die_with_a_killed_test_process() -> None:
@@ -88,7 +88,7 @@ pool.run(sleep_on, 0)
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
         parent.kill()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < end, "a rank outlived the test process"
         time.sleep(0.05)

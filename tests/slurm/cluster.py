@@ -60,6 +60,7 @@ class Cluster:
         try:
             self._configure()
             if self.separate:
+                self._ip(f"link del {self._bridge}", check=False)  # of a test process that was killed
                 self._ip(f"link add name {self._bridge} type bridge")
                 self._ip(f"addr add {self._subnet}.1/24 dev {self._bridge}")
                 self._ip(f"link set {self._bridge} up")

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +45,7 @@ def test_large_job_is_accepted(cluster: Cluster) -> None:
     assert "node[1-2]" not in said  # the nodes have eight: the answer above means something
 
 
+@pytest.mark.timeout(5 * START_SECONDS)
 def test_job_trains_to_its_checkpoint_and_goes_on_from_it(cluster: Cluster, tmp_path: Path) -> None:
     log, run = tmp_path / "job.log", tmp_path / "slurm_debug"
 
@@ -52,7 +55,7 @@ def test_job_trains_to_its_checkpoint_and_goes_on_from_it(cluster: Cluster, tmp_
         return cluster.submit(f"--output={log}", "slurm/debug.sh", *options, *place, cwd=ROOT)
 
     # Requeued half-way: Slurm starts it again and it goes on.
-    job = submit(40)
+    job = submit(14)
     end = time.monotonic() + START_SECONDS
     while saved(run) < 2:
         assert time.monotonic() < end and cluster.state(job) in ("PENDING", "RUNNING"), log.read_text()
@@ -60,13 +63,13 @@ def test_job_trains_to_its_checkpoint_and_goes_on_from_it(cluster: Cluster, tmp_
     cluster.call("scontrol", "requeue", job)
     assert cluster.wait(job, 2 * START_SECONDS) == "COMPLETED", log.read_text()
     assert f"job {job}, start 1," in log.read_text()
-    assert saved(run) == 40
+    assert saved(run) == 14
     after = steps(run)
-    assert after[-1] == 40 and set(after) == set(range(1, 41))
+    assert after[-1] == 14 and set(after) == set(range(1, 15))
     assert after.count(1) == 1, "the requeued job began from the start"
 
     # Submitted again with more to do: it goes on once more.
-    job = submit(42)
+    job = submit(16)
     assert cluster.wait(job, START_SECONDS) == "COMPLETED", log.read_text()
-    assert saved(run) == 42
-    assert steps(run)[len(after) :] == [41, 42]
+    assert saved(run) == 16
+    assert steps(run)[len(after) :] == [15, 16]
