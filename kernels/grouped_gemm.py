@@ -20,6 +20,7 @@ from torch import Tensor
 from moue_dist.kernels.backend import Impl
 
 Spans = tuple[tuple[int, int], ...]
+MOST_GROUPS = 512  # PyTorch's grouped GEMM refuses 1024 groups and more
 
 
 class Gemm(Protocol):
@@ -73,7 +74,10 @@ class TorchGemm:
 
     @staticmethod
     def of(spans: Spans, counts_n: Tensor, rows: int, counts_host: list[int] | None, impl: Impl) -> TorchGemm:
-        """Several spans need counts on the host to cut the rows; without `counts_host` this waits for the device."""
+        """Several spans, or more than MOST_GROUPS experts, need counts on the host to cut the rows: without
+        `counts_host` this waits for the device.
+        """
+        spans = _narrow(spans)
         if len(spans) == 1:
             return TorchGemm(((spans[0], (0, rows), counts_n, _offsets(counts_n)),), impl)
         counts = counts_n.tolist() if counts_host is None else counts_host
@@ -95,6 +99,13 @@ class TorchGemm:
     def wgrad(self, dy_ro: Tensor, x_ri: Tensor, grad_noi: Tensor) -> None:
         for (e, f), (a, b), counts, offsets in self.parts:
             accumulate(grad_noi[e:f], grouped_mm(dy_ro[a:b].t(), x_ri[a:b], offsets), counts, self.impl)
+
+
+def _narrow(spans: Spans) -> Spans:
+    """Spans of at most MOST_GROUPS experts. With MOST_GROUPS 512: ((0, 600),) -> ((0, 512), (512, 600))."""
+    return tuple(
+        (first, min(first + MOST_GROUPS, end)) for a, end in spans for first in range(a, end, MOST_GROUPS)
+    )
 
 
 def accumulate(total_noi: Tensor, part_noi: Tensor, counts_n: Tensor, impl: Impl) -> None:

@@ -1,4 +1,4 @@
-"""Who am I? The only reader of the process environment: rank, world and meeting point from whatever started us.
+"""Who am I? Rank, world and meeting point from whatever started us; no other file reads these variables.
 
 | started by                | read                                                                  |
 |---------------------------|-----------------------------------------------------------------------|

@@ -118,10 +118,21 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
     buffers = [pool.buffer]
     if (router_buffer := _flatten(shared_router, groups, mesh, device)) is not None:
         buffers.append(router_buffer)
-    o = config.optim
-    shared = SharedOptimizer(buffers, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
-    check_replicas(buffers)
+    shared = shared_optimizer(config, buffers)
+    check_replicas(buffers, groups.world)
     return System(config, mesh, coord, rank, layout, groups, dense, context, shared, device)
+
+
+def shared_optimizer(config: Config, buffers: Sequence[SyncedBuffer]) -> SharedOptimizer:
+    """The optimizer of the pool and of the routers' shared weights."""
+    o, p, moments = config.optim, config.parallel, {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return SharedOptimizer(
+        buffers,
+        betas=(o.beta1, o.beta2),
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        on_host={"pool": moments[p.host_state]} if p.pool_optimizer == "host" else {},
+    )
 
 
 def _expert_service(

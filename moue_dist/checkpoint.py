@@ -57,11 +57,10 @@ def save(system: System, folder: Path, progress: Progress, keep: int) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier(group=system.groups.world)
-    sharding = megatron.optimizer_sharding(system.dense, system.groups.world)
-    dist_checkpointing.save(_state(system, sharding, loading=False), str(part))
+    dist_checkpointing.save(_state(system, loading=False), str(part))
     dist.barrier(group=system.groups.world)
     if system.rank == 0:
-        _describe(system, progress, sharding, part)
+        _describe(system, progress, part)
         if path.exists():
             shutil.rmtree(path)
         os.replace(part, path)
@@ -80,14 +79,14 @@ def load(system: System, path: Path) -> Progress:
     about = json.loads((path / "moue.json").read_text())
     _check_same_model(system, about, path)
     megatron.prepare_to_load(system.dense)
-    state = dist_checkpointing.load(_state(system, about["optimizer_sharding"], loading=True), str(path))
+    state = dist_checkpointing.load(_state(system, loading=True), str(path))
     for name, chunk in zip(_chunk_names(system), system.chunk_modules(), strict=True):
         chunk.load_state_dict(state[name])
     system.dense.optimizer.load_state_dict(state["optimizer"])
     megatron.mend_after_load(system.dense)
     _take_shared(system, state["shared"], about["step"])
     system.context.balance.load_state_dict({k: v.to(system.device) for k, v in state["balance"].items()})
-    check_replicas(system.shared.buffers)
+    check_replicas(system.shared.buffers, system.groups.world)
     return Progress(about["step"], about["tokens"])
 
 
@@ -95,8 +94,8 @@ def _chunk_names(system: System) -> list[str]:
     return [f"model{i}" for i in range(len(system.dense.chunks))] if len(system.dense.chunks) > 1 else ["model"]
 
 
-def _state(system: System, sharding: str, *, loading: bool) -> dict[str, Any]:
-    metadata = megatron.checkpoint_metadata(sharding)
+def _state(system: System, *, loading: bool) -> dict[str, Any]:
+    metadata = megatron.checkpoint_metadata()
     models = {
         name: chunk.sharded_state_dict(metadata=metadata)
         for name, chunk in zip(_chunk_names(system), system.chunk_modules(), strict=True)
@@ -130,13 +129,13 @@ def _take_shared(system: System, loaded: dict[str, torch.Tensor], step: int) -> 
     system.shared.publish()
 
 
-def _describe(system: System, progress: Progress, sharding: str, folder: Path) -> None:
+def _describe(system: System, progress: Progress, folder: Path) -> None:
     about = {
         "format": FORMAT,
         "step": progress.step,
         "tokens": progress.tokens,
-        "optimizer_sharding": sharding,
         "layout": _layout_of(system),
+        "distributed_optimizer": system.config.parallel.distributed_optimizer,
         "model": _model_of(system),
     }
     (folder / "moue.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -169,8 +168,9 @@ def _check_same_model(system: System, about: dict[str, Any], path: Path) -> None
                 f"{path} was trained with {name}={about['model'][name]}, this run has {mine}: use the same model, "
                 "or another name= for a run of its own"
             )
-    if about["optimizer_sharding"] == "dp_reshardable" and about["layout"] != _layout_of(system):
+    sharded = system.config.parallel.distributed_optimizer
+    if about["distributed_optimizer"] != sharded:
         raise ConfigError(
-            f"{path} holds dense optimizer state in several buckets, which resumes on the layout it was saved with: "
-            f"{about['layout']}; this run has {_layout_of(system)}"
+            f"{path} was saved with parallel.distributed_optimizer={str(not sharded).lower()}, whose optimizer state "
+            f"has another form: resume with that value"
         )

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moue_dist import __version__
@@ -13,6 +14,7 @@ from moue_dist.config import Config, ConfigError
 from moue_dist.devices import Device
 
 if TYPE_CHECKING:
+    from moue_dist.bench.options import BenchOptions
     from moue_dist.launchers.env import ProcessEnv
 
 BAD_CONFIGURATION = 2
@@ -35,12 +37,14 @@ A run that has a checkpoint continues from its latest one.
 {_OVERRIDES}"""
 
 _PLAN = f"""\
-Dry run: rank grid, stages and their experts, parameters, FLOPs per token, bytes per GPU, and whether it fits. Needs
-no GPU. Exit code 1 if it does not fit, 2 for a bad configuration.
+Dry run: rank grid, stages and their experts, parameters, FLOPs per token, bytes per GPU, where the pool lives and what
+that sends in a step, and whether it fits. Needs no GPU. Exit code 1 if it does not fit (with the cheapest change that
+would), 2 for a bad configuration.
 
   moue plan configs/moue_7b.yaml --world 64
   moue plan configs/moue_7b.yaml --world 4 --device h100 --parallel.expert-parallel 2
   moue plan configs/moue_7b.yaml --world 8 --json
+  moue plan configs/moue_7b.yaml --world 8 --parallel.placement home --picture pool.png
 
 {_OVERRIDES}"""
 
@@ -101,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", default="h200", metavar="NAME", help="accelerator (default: h200)")
     plan.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of a GPU (default: the device's)")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.add_argument("--picture", metavar="FILE", help="draw windows, stages and copies into a .png or .svg file")
 
     bench = command("bench", _bench, "time the training step", _BENCH)
     bench.add_argument("what", choices=["step"], help="what to time")
@@ -125,6 +130,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     add("--baseline-grads", choices=["bf16", "fp32"], default="bf16", help="its gradient buffers (default: bf16)")
     add("--output", metavar="FILE", help="write all numbers to this JSON file")
     add("--append", action="store_true", help="add to the runs of that file")
+    add("--join", action="store_true", help="add what is measured to that file's last run")
     add("--note", metavar="TEXT", help="kept with the numbers")
 
 
@@ -186,6 +192,10 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
 
     config = _load(args.config, overrides)
     options = BenchOptions(**{field.name: getattr(args, field.name) for field in fields(BenchOptions)})
+    from moue_dist.launchers.env import read_env
+
+    if len(options.parts) > 1 and read_env().source == "single":
+        return _bench_apart(args, config, options, overrides)
     words = ["bench", args.what, args.config, *options.as_words(), *overrides]
     started = _start_ranks(config, args.nproc, words)
     if started is not None:
@@ -195,8 +205,25 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
     return run(config, _place(), options)
 
 
-def _start_ranks(config: Config, asked: int | None, words: list[str]) -> int | None:
-    """Run `moue WORDS` in ranks on this machine and return its exit code; None where this process is a rank itself."""
+def _bench_apart(args: argparse.Namespace, config: Config, options: BenchOptions, overrides: list[str]) -> int:
+    """Both parts of a benchmark, each in processes of its own: what one leaves on the device cannot burden the other."""
+    import tempfile
+    from dataclasses import replace
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = replace(options, baseline=False, output=options.output or os.path.join(folder, "result.json"))
+        codes = []
+        for part in (replace(options, baseline_only=True), replace(options, join=True)):
+            words = ["bench", args.what, args.config, *part.as_words(), *overrides]
+            codes.append(_start_ranks(config, args.nproc, words, always=True) or 0)
+        return max(codes)
+
+
+def _start_ranks(config: Config, asked: int | None, words: list[str], *, always: bool = False) -> int | None:
+    """Run `moue WORDS` in ranks on this machine and return its exit code; None where this process is a rank itself.
+
+    A single rank is this process, too, unless `always`.
+    """
     from moue_dist.launchers.env import read_env
 
     place = read_env()
@@ -207,7 +234,7 @@ def _start_ranks(config: Config, asked: int | None, words: list[str]) -> int | N
     ranks, on_cpu = _ranks_here(config, asked)
     if on_cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks then see a machine without GPUs
-    if ranks == 1:
+    if ranks == 1 and not always:
         return None
     from moue_dist.launchers.local import launch_module
 
@@ -283,6 +310,10 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
         from rich.console import Console
 
         render(plan, Console(highlight=False))
+    if args.picture:
+        from moue_dist.plan import draw
+
+        draw(config, world, Path(args.picture))
     if not plan.fits:
         print(f"moue: does not fit: {plan.misfit}", file=sys.stderr)
     return 0 if plan.fits else 1

@@ -18,6 +18,7 @@ from moue_dist.model.balance import load_summary
 from moue_dist.parallel.pool_sync import UnequalReplicas, check_replicas
 from moue_dist.power import PowerMeter
 from moue_dist.progress import Progress
+from moue_dist.replace import replace_by_use
 from moue_dist.slot_log import SlotLog
 from moue_dist.step import StepResult, TrainingError, evaluate, train_step
 
@@ -67,11 +68,12 @@ class _Loop:
         self.progress, self.log, self.done = progress, log, done
         self.power = PowerMeter(system.device.index if system.device.type == "cuda" else None)
         self.counts_lp: Tensor | None = None  # assignments since the last usage line
+        self.use_lp: Tensor | None = None  # the same since the last re-placement
         self.saved_at = -1
         self.slots = SlotLog(system, run_dir, done.step)
 
     def run(self) -> None:
-        t = self.system.config.train
+        t, every_replace = self.system.config.train, self.system.config.parallel.replace_interval
         if self.done.step >= t.steps:
             self.progress.note(f"already trained: step {self.done.step} of train.steps={t.steps}")
             return
@@ -84,6 +86,8 @@ class _Loop:
                 self._validate(finished)
             if last or (t.save_interval and finished % t.save_interval == 0):
                 self._save(finished)
+            if not last and every_replace and finished % every_replace == 0:
+                self._replace(finished)
 
     def _one(self, step: int) -> None:
         system, t = self.system, self.system.config.train
@@ -96,6 +100,7 @@ class _Loop:
             rates = self.meter.stop()
         self.done = checkpoint.Progress(step + 1, self.done.tokens + self.meter.tokens_per_step)
         self.counts_lp = result.counts_lp if self.counts_lp is None else self.counts_lp + result.counts_lp
+        self.use_lp = result.counts_lp if self.use_lp is None else self.use_lp + result.counts_lp
         if (step + 1) % t.log_interval == 0 or step + 1 == t.steps:
             self._log(step + 1, result, rates)
 
@@ -137,7 +142,7 @@ class _Loop:
 
     def _check_replicas(self, step: int) -> None:
         try:
-            check_replicas(self.system.shared.buffers)
+            check_replicas(self.system.shared.buffers, self.system.groups.world)
         except UnequalReplicas as error:
             raise TrainingError(f"after step {step}: {error}") from None
 
@@ -154,6 +159,14 @@ class _Loop:
             layers = list(range(dense + 1, system.config.model.layers + 1))
             self.log.usage(step, layers, self.counts_lp.long().tolist())
             self.counts_lp = None
+
+    def _replace(self, step: int) -> None:
+        """Move the pool to the placement that the use since the last move asks for."""
+        assert self.use_lp is not None
+        self.system, text = replace_by_use(self.system, step, self.use_lp)
+        self.use_lp = None
+        self.log.event(step, text)
+        self.progress.note(text)
 
     def _save(self, step: int) -> None:
         began = time.perf_counter()

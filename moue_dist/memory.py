@@ -26,18 +26,28 @@ Kept for backward by one layer and microbatch:
     dense FFN   u d (b + q) + t 3 F b/TP likewise
 With recompute=full a layer keeps its input u d b and state 4 u r, and its own backward has the rest once.
 
-In flight: 1F1B keeps min(M, PP - p) microbatches on stage p; interleaved keeps 2 (PP - p - 1) + (V - 1) PP + 1 chunks.
+In flight: 1F1B keeps min(M, PP - p) microbatches on stage p; interleaved keeps 2 (PP - p - 1) + (V - 1) PP + 1 chunks;
+lock step (parallel.placement=home or hybrid) keeps min(M, 2 (PP - p - 1) + 1 + lag) microbatches.
+
+In lock step a layer keeps no rows, pre-activations, activations or outputs of experts. Their owner keeps the rows as it
+received them, d b each, for every microbatch in flight on the stage that sent them: about PP n R rows a rank, n MoE
+layers a stage; none with recompute=full.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+
+import numpy as np
 
 from moue_dist.config import Config
 from moue_dist.flops import LayerParameters, dense_ffn_width, shared_router_parameters
+from moue_dist.parallel.costs import cell_bytes, servers, stage_use
+from moue_dist.parallel.host_limits import adam_bytes
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.placement import Placement
-from moue_dist.validate import Resolved
+from moue_dist.validate import Resolved, expert_bytes, stages_of_moe_layers
 
 GIB = 2**30
 RESERVE = 3 * GIB  # CUDA context, NCCL buffers, fragmentation: outside of what the allocator counts as allocated
@@ -67,35 +77,82 @@ def rank_bytes(
     weights = _weights(config, mesh, placement, share)
     layers = {layer: _layer_activations(config, mesh, layer, share, resolved) for layer in share.layers}
     kept = _kept(config, mesh, layers)
-    flight = chunks_in_flight(mesh, share.stage, microbatches)
+    flight = chunks_in_flight(mesh, share.stage, microbatches, lock_step_lag(config))
     activations = sum(kept[layer] for chunk in flight for layer in share.chunks[chunk])
     last = share.stage == mesh.pipeline - 1
     tokens = _tokens(config)
     # Transformer Engine's cross entropy writes the gradient over the logits.
     a_logit = _bytes(config) if resolved.transformer_engine else LOGIT_BYTES[_bytes(config)]
     logits = tokens * config.model.vocab_size * a_logit // mesh.tensor if last else 0
+    a_round, kept_rows = rows_served(config, mesh, placement, share, microbatches)
     workspace = max((_workspace(config, mesh, layer, share, resolved) for layer in share.layers), default=0)
+    if lock_step_lag(config) is not None:
+        workspace = max(workspace, _round_workspace(config, mesh, a_round))
     if config.parallel.recompute == "full":
         workspace += max(layers.values(), default=0)
     return {
         **weights,
         "activations": activations,
+        "rows kept for other ranks": kept_rows * config.model.hidden_size * _bytes(config),
         "logits and loss": max(logits - workspace, 0),  # the two never stand at the same time: the larger counts
         "dispatch and backward buffers": workspace,
         "libraries": LIBRARIES,
     }
 
 
-def chunks_in_flight(mesh: Mesh, stage: int, microbatches: int) -> tuple[int, ...]:
+def host_bytes(config: Config, mesh: Mesh, placement: Placement, share: Share) -> int:
+    """Host memory of one rank's part of the pool's optimizer state; 0 with parallel.pool_optimizer=device.
+
+    It stands beside the GPU's bytes and does not count among them.
+    """
+    if config.parallel.pool_optimizer == "device":
+        return 0
+    owned = _owned(config, mesh, placement, share)
+    return adam_bytes(owned, moment=2 if config.parallel.host_state == "bf16" else 4, weight=_bytes(config))
+
+
+def _owned(config: Config, mesh: Mesh, placement: Placement, share: Share) -> int:
+    """Elements of the pool whose optimizer state is this rank's: each segment's are shared by its replicas."""
+    each = dataclasses.replace(expert_bytes(config), optimizer=1)
+    return int(cell_bytes(placement, each, mesh.expert_data)["optimizer"][share.stage, share.expert_rank])
+
+
+def lock_step_lag(config: Config) -> int | None:
+    """parallel.lag where stages run in lock step, None where they run 1F1B."""
+    return config.parallel.lag if config.parallel.placement != "replicate" else None
+
+
+def chunks_in_flight(mesh: Mesh, stage: int, microbatches: int, lag: int | None = None) -> tuple[int, ...]:
     """The chunk of each forward whose activations a stage keeps at its fullest, in the schedule's order.
 
-    Example: pipeline 2, virtual 2, stage 0, 4 microbatches -> chunks (0, 0, 1, 1, 0).
+    `lag` is lock step's, None for 1F1B. Example: pipeline 2, virtual 2, stage 0, 4 microbatches -> (0, 0, 1, 1, 0).
     """
+    if lag is not None:
+        return (0,) * min(microbatches, 2 * (mesh.pipeline - 1 - stage) + 1 + lag)
     if mesh.virtual == 1:
         return (0,) * min(microbatches, mesh.pipeline - stage)
     many = 2 * (mesh.pipeline - stage - 1) + (mesh.virtual - 1) * mesh.pipeline + 1
     many = min(many, microbatches * mesh.virtual)
     return tuple(i // mesh.pipeline % mesh.virtual for i in range(many))
+
+
+def rows_served(config: Config, mesh: Mesh, placement: Placement, share: Share, microbatches: int) -> tuple[int, int]:
+    """Rows that a rank's experts meet in one round of lock step, and rows that it keeps for backward at its fullest.
+
+    Both are expected ones, with every layer spread evenly over its window; (0, 0) where there is no lock step.
+    """
+    lag = lock_step_lag(config)
+    if lag is None:
+        return 0, 0
+    stages = stages_of_moe_layers(config, mesh)
+    use = stage_use(config.topology().windows, stages, placement.pool, mesh.pipeline)
+    here = (servers(placement) == share.stage) & (np.asarray(placement.columns) == share.expert_rank)
+    met = (use * here).sum(1)  # of each stage's rows, in rows of one layer
+    a_layer = _tokens(config) // mesh.tensor * config.moe.top_k * mesh.expert  # of all the stage's sources
+    layers = np.maximum(np.bincount(stages, minlength=mesh.pipeline), 1)
+    flight = [len(chunks_in_flight(mesh, s, microbatches, lag)) for s in range(mesh.pipeline)]
+    kept = 0 if config.parallel.recompute == "full" else round(float((met * flight).sum()) * a_layer)
+    return round(float((met / layers).sum()) * a_layer), kept
 
 
 def dense_parameters(config: Config, mesh: Mesh, share: Share) -> int:
@@ -136,19 +193,17 @@ def _weights(config: Config, mesh: Mesh, placement: Placement, share: Share) -> 
     optimizer = 8 if b == 4 else 12  # two fp32 moments, and an fp32 master copy unless the weight is fp32 itself
     dense = dense_parameters(config, mesh, share)
     router = shared_router_parameters(config)
-    row = LayerParameters.of(config).expert
-    segments = placement.segments(share.stage, share.expert_rank)
-    held = sum(s.stop - s.start for s in segments) * row
-    owned = sum((s.stop - s.start) * row / (mesh.expert_data * len(s.stages)) for s in segments)
+    pool = cell_bytes(placement, expert_bytes(config), mesh.expert_data)
+    mine = {part: int(size[share.stage, share.expert_rank]) for part, size in pool.items()}
     sharded = mesh.data if config.parallel.distributed_optimizer else 1
     fp8_copies = 2 * _te_linears(config, mesh, share) if config.train.precision == "fp8" else 0
     return {
         "dense weights": dense * b + fp8_copies,
         "dense gradients": dense * 4,
         "dense optimizer": dense * optimizer // sharded,
-        "pool weights": held * b,
-        "pool gradients": held * 4,
-        "pool optimizer": int(owned * optimizer),
+        "pool weights": mine["weights"],
+        "pool gradients": mine["gradients"],
+        "pool optimizer": mine["optimizer"],
         "shared router": router * 8 + router * 8 // mesh.world,  # always fp32
     }
 
@@ -171,9 +226,11 @@ def _layer_activations(config: Config, mesh: Mesh, layer: int, share: Share, res
     kept += u * d * b + (4 * u * d if b == 2 else 0)
     kept += 4 * u * window * (SCORE_TABLES[e.router] + (1 if config.balance.z_loss else 0))
     kept += {"universal": 4 * u * r * (4 + e.top_k), "recurrent": 4 * u * r * 14}.get(e.router, 0)
-    kept += rows * (d * q + d * b + INDEX_BYTES)
-    kept += 0 if config.parallel.recompute == "selective" else rows * 2 * f * b
-    kept += rows * f * q if resolved.experts == "te" else 0
+    kept += rows * INDEX_BYTES
+    if lock_step_lag(config) is None:
+        kept += rows * (d * q + d * b)
+        kept += 0 if config.parallel.recompute == "selective" else rows * 2 * f * b
+        kept += rows * f * q if resolved.experts == "te" else 0
     if config.train.precision == "fp8":
         kept += 2 * _visible(config, mesh) * LayerParameters.of(config).expert
     if e.shared_expert_width:
@@ -209,3 +266,15 @@ def _workspace(config: Config, mesh: Mesh, layer: int, share: Share, resolved: R
     recomputed = rows * 2 * f * b if config.parallel.recompute == "selective" else 0
     exchanged = rows * d * b if mesh.expert > 1 else 0
     return rows * 4 * f * b + max(rows * d * b, weight_gradient) + recomputed + exchanged
+
+
+def _round_workspace(config: Config, mesh: Mesh, met: int) -> int:
+    """Bytes that live only during a backward round of lock step; `met` rows are at this rank's experts.
+
+    The source holds its rows' gradients, sent and received (and with recompute the rows). The owner holds rows and
+    gradients as received and by expert, pre-activations and their gradients, activations and theirs, and the rows'
+    gradients by expert and as sent.
+    """
+    e, b, d = config.moe, _bytes(config), config.model.hidden_size
+    sent = _tokens(config) // mesh.tensor * e.top_k
+    return sent * d * b * (3 if config.parallel.recompute == "full" else 2) + met * (6 * d + 6 * e.expert_width) * b

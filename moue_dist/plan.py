@@ -10,15 +10,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moue_dist import memory
-from moue_dist.config import Config
+from moue_dist.config import Config, ConfigError
 from moue_dist.devices import Device
 from moue_dist.flops import Flops, Parameters, flops_per_token, parameters
 from moue_dist.memory import GIB, RESERVE, Share
 from moue_dist.parallel.mesh import build_mesh, layers_of_rank, stage_layout
-from moue_dist.validate import moe_window, place_pool, validate
+from moue_dist.plan_pool import PoolPlan, build_pool_plan, render_pool_plan
+from moue_dist.remedy import cheapest_change
+from moue_dist.validate import moe_window, place_pool, stages_of_moe_layers, validate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +42,7 @@ class StagePlan:
     parameters_per_rank: int  # without the pool
     microbatches_in_flight: int  # of chunks
     memory_bytes: dict[str, int]  # by component, on the rank that holds most
+    host_bytes: int  # of host memory, on that rank
 
     @property
     def total_bytes(self) -> int:
@@ -55,6 +59,7 @@ class Plan:
     parameters: Parameters
     flops: Flops
     stages: tuple[StagePlan, ...]
+    pool: PoolPlan
     device: str
     memory_gib: float
     misfit: str | None  # why it does not fit
@@ -82,8 +87,25 @@ def build_plan(config: Config, world: int, device: Device, memory_gib: float | N
     """The plan of `world` processes on `device`s (or on CPU where the configuration says so).
 
     Assumes that Transformer Engine is installed unless the configuration switches it off. Raises ConfigError for a
-    configuration that cannot run; one that needs too much memory comes back with `misfit`.
+    configuration that cannot run; one that needs too much memory comes back with `misfit`, which names a way out.
     """
+    plan = _plan(config, world, device, memory_gib)
+    lack = _misfit(plan)
+    if lack is None:
+        return plan
+
+    def plan_of(changed: Config, processes: int) -> Plan | None:
+        try:
+            other = _plan(changed, processes, device, memory_gib)
+        except ConfigError:
+            return None
+        return dataclasses.replace(other, misfit=_misfit(other))
+
+    return dataclasses.replace(plan, misfit=f"{lack}; {cheapest_change(config, world, device, plan, plan_of)}")
+
+
+def _plan(config: Config, world: int, device: Device, memory_gib: float | None) -> Plan:
+    """The plan without `misfit`."""
     resolved = validate(config, world, cuda=True, device=device, transformer_engine=True)
     mesh = build_mesh(world, config.parallel)
     t, m = config.train, config.model
@@ -113,15 +135,18 @@ def build_plan(config: Config, world: int, device: Device, memory_gib: float | N
                 shared_experts=sum(len(holders[e]) > 1 for e in held),
                 experts_per_rank=max(rows),
                 parameters_per_rank=memory.dense_parameters(config, mesh, share),
-                microbatches_in_flight=len(memory.chunks_in_flight(mesh, stage, microbatches)),
+                microbatches_in_flight=len(
+                    memory.chunks_in_flight(mesh, stage, microbatches, memory.lock_step_lag(config))
+                ),
                 memory_bytes=memory.rank_bytes(config, mesh, placement, share, microbatches, resolved),
+                host_bytes=memory.host_bytes(config, mesh, placement, share),
             )
         )
 
     counts, flops = parameters(config), flops_per_token(config)
     tokens = t.global_batch_size * m.sequence_length
     exposure = topology.exposure
-    plan = Plan(
+    return Plan(
         name=config.name,
         grid={
             "world": world,
@@ -154,11 +179,11 @@ def build_plan(config: Config, world: int, device: Device, memory_gib: float | N
         parameters=counts,
         flops=flops,
         stages=tuple(stages),
+        pool=build_pool_plan(config, mesh, placement),
         device=device.name,
         memory_gib=device.memory_gib if memory_gib is None else memory_gib,
         misfit=None,
     )
-    return dataclasses.replace(plan, misfit=_misfit(plan))
 
 
 def _misfit(plan: Plan) -> str | None:
@@ -166,16 +191,19 @@ def _misfit(plan: Plan) -> str | None:
     if worst.total_bytes + RESERVE <= plan.memory_gib * GIB:
         return None
     largest = max(worst.memory_bytes.items(), key=lambda item: item[1])
-    cure = "parallel.recompute=full or a smaller train.micro_batch_size"
-    if largest[0].startswith("pool"):
-        cure = "a larger parallel.expert_parallel or parallel.pipeline_parallel"
-    elif largest[0].startswith("dense"):
-        cure = "a larger parallel.tensor_parallel or parallel.pipeline_parallel"
     return (
         f"stage {worst.stage} needs {worst.total_bytes / GIB:.1f} GiB and {RESERVE / GIB:.0f} GiB of reserve, "
         f"more than the {plan.memory_gib:.1f} GiB of {plan.device}; the largest part is {largest[0]} "
-        f"({largest[1] / GIB:.1f} GiB): try {cure}"
+        f"({largest[1] / GIB:.1f} GiB)"
     )
+
+
+def draw(config: Config, world: int, path: Path) -> None:
+    """Draw the ring of the pool with windows, stages and copies; raises ConfigError where that cannot be written."""
+    from moue_dist.report.ring import write_ring_picture
+
+    mesh = build_mesh(world, config.parallel)
+    write_ring_picture(path, config.topology(), stages_of_moe_layers(config, mesh), place_pool(config, mesh))
 
 
 def ranges(ids: Sequence[int]) -> str:
@@ -239,9 +267,20 @@ def render(plan: Plan, console: Console) -> None:
     needs.add_row("reserve (context, NCCL, fragmentation)", f"{RESERVE / GIB:.3f}")
     needs.add_row(f"{plan.device} has", f"{plan.memory_gib:.3f}")
     console.print(needs)
-    if len(plan.stages) > 1:
-        others = ", ".join(f"{s.stage}: {s.total_bytes / GIB:.1f}" for s in plan.stages)
-        console.print(f"allocated GiB by stage: {others}")
+
+    shown = {
+        "pool weights": "pool weights",
+        "pool gradients": "pool gradients",
+        "pool optimizer": "pool optimizer",
+        "activations": "activations",
+        "rows kept": "rows kept for other ranks",
+    }
+    by_stage = table("GiB of a GPU by stage (its fullest rank)", "stage", "in flight", *shown, "allocated", "on host")
+    for s in plan.stages:
+        sizes = [*(s.memory_bytes[part] for part in shown.values()), s.total_bytes, s.host_bytes]
+        by_stage.add_row(str(s.stage), str(s.microbatches_in_flight), *(f"{size / GIB:.3f}" for size in sizes))
+    console.print(by_stage)
+    render_pool_plan(plan.pool, console)
     console.print("[green]fits[/green]" if plan.fits else f"[red]does not fit[/red]: {plan.misfit}")
 
 

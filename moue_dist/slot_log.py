@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moue_dist.build import System
+from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.spans import FILE, Span
 from moue_dist.parallel.timeline import Timeline, clock_of
 
@@ -22,13 +23,15 @@ class SlotLog:
 
     def __init__(self, system: System, run_dir: Path, first_step: int) -> None:
         """`first_step` is the 0-based step that this process starts with."""
-        self._system, self._path, self._first = system, run_dir / FILE, first_step
+        # Not the system itself: a re-placement makes a new one, and the old pool must not stay in memory.
+        self._config, self._mesh, self._group = system.config, system.mesh, system.groups.world
+        self._microbatches, self._path, self._first = system.microbatches, run_dir / FILE, first_step
         self._timeline = Timeline(system.config.train.record_slots, clock_of(system.device))
-        self._tells = system.mesh.world <= ALL_RANKS or system.rank in _first_ranks(system)
+        self._tells = system.mesh.world <= ALL_RANKS or system.rank in _first_ranks(system.mesh)
 
     def wants(self, step: int) -> bool:
         """Whether the 0-based `step` is recorded: the early ones, those before a validation, the last."""
-        t, done = self._system.config.train, step + 1
+        t, done = self._config.train, step + 1
         return t.record_slots and (
             done - self._first in EARLY or done == t.steps or bool(t.eval_interval and done % t.eval_interval == 0)
         )
@@ -36,19 +39,18 @@ class SlotLog:
     @contextmanager
     def step(self, step: int) -> Iterator[Timeline]:
         """The timeline to hand to the training step; collective where the step is recorded."""
-        group = self._system.groups.world
         if not self.wants(step):
             yield self._timeline
             return
-        self._timeline.begin_step(group)
+        self._timeline.begin_step(self._group)
         yield self._timeline
         self._timeline.finish_step(step + 1)
-        everyone = self._timeline.gather(group, tell=self._tells)
+        everyone = self._timeline.gather(self._group, tell=self._tells)
         if everyone is not None:
             self._write(self._line(step + 1, everyone))
 
     def _line(self, step: int, everyone: list[list[Span]]) -> dict[str, Any]:
-        mesh, parallel = self._system.mesh, self._system.config.parallel
+        mesh, parallel = self._mesh, self._config.parallel
         lockstep = parallel.placement != "replicate"
         ranks = [
             {"rank": rank, "stage": mesh.coords(rank).pp, "spans": [_short(span) for span in spans]}
@@ -59,7 +61,7 @@ class SlotLog:
             "step": step,
             "pipeline": mesh.pipeline,
             "virtual": mesh.virtual,
-            "microbatches": self._system.microbatches,
+            "microbatches": self._microbatches,
             "schedule": "lock-step 1F1B" if lockstep else "interleaved 1F1B" if mesh.virtual > 1 else "1F1B",
             "lag": parallel.lag if lockstep else 0,
             "ranks": ranks,
@@ -78,8 +80,8 @@ class SlotLog:
         draft.replace(self._path)
 
 
-def _first_ranks(system: System) -> list[int]:
-    return [system.mesh.ranks_of_stage(stage)[0] for stage in range(system.mesh.pipeline)]
+def _first_ranks(mesh: Mesh) -> list[int]:
+    return [mesh.ranks_of_stage(stage)[0] for stage in range(mesh.pipeline)]
 
 
 def _short(span: Span) -> list[Any]:

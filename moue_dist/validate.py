@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from moue_dist.config import Config, ConfigError
 from moue_dist.devices import Device, fp8_recipes
+from moue_dist.parallel.costs import ExpertBytes, Floats
 from moue_dist.parallel.mesh import Mesh, build_mesh, layers_of_rank, stage_layout
-from moue_dist.parallel.placement import Placement, replicate
+from moue_dist.parallel.placement import Placement
+from moue_dist.parallel.planner import plan_placement
 
 
 class Resolved(NamedTuple):
@@ -39,6 +42,7 @@ _LEAST: dict[str, tuple[float, bool]] = {
         f"parallel.{k}": (1, False)
         for k in ("pipeline_parallel", "virtual_stages", "expert_parallel", "tensor_parallel")
     },
+    **{f"parallel.{k}": (0, False) for k in ("pool_budget_gib", "replace_interval", "lag")},
     **{f"optim.{k}": (0, False) for k in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip_grad")},
     **{f"optim.{k}": (0, False) for k in ("beta1", "beta2", "power")},
     **{f"optim.{k}": (0, True) for k in ("lr", "eps")},
@@ -69,6 +73,8 @@ def validate(
     _check_model(config)
     _check_moe(config)
     _check_parallel(config)
+    check_placement(config)
+    _check_pool_optimizer(config)
     if world is not None:
         _check_world(config, world)
     return _resolve(config, cuda, device, transformer_engine)
@@ -204,13 +210,76 @@ def _check_parallel(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     windows = config.topology().windows
-    for stage in range(p.pipeline_parallel):
+    for stage in range(p.pipeline_parallel if p.placement == "replicate" else 0):
         held = {x for i in layers_of_rank(layout, p.pipeline_parallel, stage) for x in moe_window(config, windows, i)}
         empty = [ep for ep in range(p.expert_parallel) if not any(x % p.expert_parallel == ep for x in held)]
         _refuse(
             bool(held and empty),
             f"pipeline stage {stage} sees {len(held)} experts, so with parallel.expert_parallel={p.expert_parallel} "
             f"{len(empty)} of its expert ranks would hold none; lower expert_parallel or widen the window",
+        )
+
+
+def check_placement(config: Config) -> None:
+    """What experts at home cannot do, or what is not proven with them."""
+    p, cells = config.parallel, config.parallel.pipeline_parallel * config.parallel.expert_parallel
+    chosen, way_out = f"parallel.placement={p.placement}", "or use parallel.placement=replicate"
+    _refuse(
+        p.pool_budget_gib > 0 and p.placement != "hybrid",
+        f"parallel.pool_budget_gib={p.pool_budget_gib:g} is for parallel.placement=hybrid, not {p.placement}; set 0",
+    )
+    if p.placement == "replicate":
+        for name, value in (("replace_interval", p.replace_interval), ("lag", p.lag)):
+            _refuse(value > 0, f"parallel.{name}={value} is only for parallel.placement=home or hybrid; set 0")
+        return
+    _refuse(
+        p.placement == "hybrid" and p.pool_budget_gib == 0,
+        "parallel.placement=hybrid needs parallel.pool_budget_gib: the GiB that a GPU may spend on the pool "
+        "(weights, gradients, optimizer state); `moue plan` prints what home and replicate take",
+    )
+    _refuse(
+        p.virtual_stages > 1,
+        f"{chosen} runs in lock step, which interleaved stages (parallel.virtual_stages={p.virtual_stages}) do not; "
+        f"set virtual_stages=1 {way_out}",
+    )
+    _refuse(
+        p.recompute == "selective",
+        f"parallel.recompute=selective is not proven with {chosen}; use none or full {way_out}",
+    )
+    _refuse(
+        config.train.precision == "fp8",
+        f"train.precision=fp8 is not proven with {chosen}; use bf16 {way_out}",
+    )
+    _refuse(
+        config.moe.pool < cells,
+        f"{chosen} gives each of parallel.pipeline_parallel={p.pipeline_parallel} x parallel.expert_parallel="
+        f"{p.expert_parallel} = {cells} cells a part of the pool, but moe.pool={config.moe.pool} is smaller; lower a "
+        f"degree {way_out}",
+    )
+
+
+def _check_pool_optimizer(config: Config) -> None:
+    p, o = config.parallel, config.optim
+    _refuse(
+        p.host_state != "fp32" and p.pool_optimizer != "host",
+        f"parallel.host_state={p.host_state} is only for parallel.pool_optimizer=host; remove it or set fp32",
+    )
+    _refuse(
+        p.replace_interval > 0 and p.pool_optimizer == "host",
+        f"parallel.replace_interval={p.replace_interval} is not proven with parallel.pool_optimizer=host; set 0 or "
+        f"use parallel.pool_optimizer=device",
+    )
+    _refuse(
+        p.pool_optimizer == "host" and p.replace_interval > 0,
+        f"parallel.replace_interval={p.replace_interval} is not proven with parallel.pool_optimizer=host; set "
+        f"replace_interval=0 or pool_optimizer=device",
+    )
+    for name, beta in (("beta1", o.beta1), ("beta2", o.beta2)):
+        # bf16 keeps 8 bits: rounding to nearest undoes a change of less than 1/256, such as a decay by beta > 0.996.
+        _refuse(
+            p.host_state == "bf16" and beta > 0.99,
+            f"optim.{name}={beta} changes Adam's moments by less than parallel.host_state=bf16 resolves; lower it to "
+            f"at most 0.99 or set parallel.host_state=fp32",
         )
 
 
@@ -242,13 +311,44 @@ def _check_world(config: Config, world: int) -> None:
     )
 
 
-def place_pool(config: Config, mesh: Mesh) -> Placement:
-    """Which stages and expert ranks hold which experts in this run."""
+def place_pool(config: Config, mesh: Mesh, use: Sequence[Sequence[float]] | Floats | None = None) -> Placement:
+    """Which stages and expert ranks hold which experts in this run.
+
+    `use[l][e]` are the tokens that MoE layer l routed to expert e, where they were measured. Pure and deterministic:
+    every rank finds the same. Raises ValueError where the budget is too small or `use` does not fit the topology.
+    """
     p = config.parallel
-    layout = stage_layout(config.model.layers, mesh.pipeline, mesh.virtual, p.stage_layers)
+    return plan_placement(
+        p.placement,
+        config.topology().windows,
+        stages_of_moe_layers(config, mesh),
+        config.moe.pool,
+        mesh.pipeline,
+        mesh.expert,
+        use=use,
+        expert_bytes=expert_bytes(config),
+        budget_bytes=round(p.pool_budget_gib * 2**30),
+        expert_data=mesh.expert_data,
+    )
+
+
+def stages_of_moe_layers(config: Config, mesh: Mesh) -> tuple[int, ...]:
+    """The pipeline rank of each MoE layer."""
+    layout = stage_layout(config.model.layers, mesh.pipeline, mesh.virtual, config.parallel.stage_layers)
     stage_of = {layer: i % mesh.pipeline for i, stage in enumerate(layout) for layer in stage}
-    stages = [stage_of[i] for i in range(config.model.dense_layers, config.model.layers)]
-    return replicate(config.topology().windows, stages, config.moe.pool, mesh.pipeline, mesh.expert)
+    return tuple(stage_of[i] for i in range(config.model.dense_layers, config.model.layers))
+
+
+def expert_bytes(config: Config) -> ExpertBytes:
+    """Bytes of one expert on GPUs: two fp32 moments and, unless the weight is fp32 itself, an fp32 master copy."""
+    fp32 = config.train.precision == "fp32"
+    on_device = config.parallel.pool_optimizer == "device"
+    return ExpertBytes(
+        row=3 * config.model.hidden_size * config.moe.expert_width,
+        weight=4 if fp32 else 2,
+        gradient=4,
+        optimizer=(8 if fp32 else 12) if on_device else 0,
+    )
 
 
 def _resolve(config: Config, cuda: bool, device: Device | None, te_installed: bool) -> Resolved:

@@ -77,7 +77,7 @@ def stage_use(
             if counts.shape != (pool,) or not np.isfinite(counts).all() or (counts < 0).any():
                 raise ValueError(f"measured use of MoE layer {i} must be {pool} counts of at least 0")
             inside = counts[seen]
-            if counts.sum() > inside.sum():
+            if np.delete(counts, seen).any():
                 raise ValueError(f"measured use of MoE layer {i} has tokens for experts outside of its window")
             if inside.sum() > 0:
                 out[stage, seen] += inside / inside.sum()
@@ -187,8 +187,9 @@ def step_traffic(
     server = servers(placement)
     own = server == np.arange(stages)[:, None]
     total = float(use.sum())
-    local = float(use[own].sum())
-    across = (total - local) * rows * row_bytes
+    away = float(use[~own].sum())
+    local = total - away
+    across = away * rows * row_bytes
     within = local * rows * row_bytes * (ep - 1) / ep
     here = local * rows * row_bytes / ep
 

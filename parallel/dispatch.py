@@ -33,7 +33,9 @@ class RouteTable:
     mine: int
 
     @classmethod
-    def build(cls, columns: Sequence[int], visible: Sequence[int], owners: int, me: int, device: torch.device) -> RouteTable:
+    def build(
+        cls, columns: Sequence[int], visible: Sequence[int], owners: int, me: int, device: torch.device
+    ) -> RouteTable:
         """`columns[e]` is the owner of e. Columns (0, 1, 0, 1, 0), visible (0, 1, 2, 4), 2 owners -> slots 0, 3, 1, 2."""
         per_owner = [[e for e in visible if columns[e] == r] for r in range(owners)]
         width = max(len(ids) for ids in per_owner)
@@ -64,7 +66,9 @@ class AllToAllDispatcher:
         self.group = group
         self.owners = group.size() if group is not None else 1
 
-    def dispatch(self, x_td: Tensor, ids_tk: Tensor, table: RouteTable) -> tuple[Tensor, Tensor, list[int] | None, Handle]:
+    def dispatch(
+        self, x_td: Tensor, ids_tk: Tensor, table: RouteTable
+    ) -> tuple[Tensor, Tensor, list[int] | None, Handle]:
         """Rows for this rank's visible experts.
 
         Returns (rows [R', d] sorted by expert, counts [mine] int64 on the device, the same counts on the host where

@@ -30,7 +30,9 @@ class Groups:
     world: Any
     everyone: ReplicaGroup
     pool: dict[tuple[int, ...], ReplicaGroup]
-    grid: dict[Way, Any]  # all cells of this rank's replica of the pool, one communicator a direction; empty if not asked
+    grid: dict[
+        Way, Any
+    ]  # all cells of this rank's replica of the pool, one communicator a direction; empty if not asked
 
 
 def build_groups(

@@ -145,7 +145,10 @@ class ExpertService:
         """Slots of a layer's visible experts: cell * width + row in that cell."""
         p = self.placement
         slot = torch.full((p.pool,), -1, dtype=torch.int64)
-        rows = {c: {e: i for i, e in enumerate(p.rows(c // p.expert_parallel, c % p.expert_parallel))} for c in range(self.cells)}
+        rows = {
+            c: {e: i for i, e in enumerate(p.rows(c // p.expert_parallel, c % p.expert_parallel))}
+            for c in range(self.cells)
+        }
         for e in visible:
             c = p.server(e, self.stage) * p.expert_parallel + p.columns[e]
             slot[e] = c * self.width + rows[c][e]
@@ -173,7 +176,9 @@ class ExpertService:
             way, j = self.due[0]
             nothing = self.slab.weight.new_empty(0, self.slab.hidden)
             if way == "forward":
-                self._forward_round(j, nothing, torch.zeros(self.cells, self.width, dtype=torch.int64, device=self.device))
+                self._forward_round(
+                    j, nothing, torch.zeros(self.cells, self.width, dtype=torch.int64, device=self.device)
+                )
             else:
                 no_weight = torch.empty(0, dtype=torch.float32, device=self.device)
                 self._backward_round(j, nothing, no_weight, nothing, [0] * self.cells)
@@ -247,7 +252,9 @@ class ExpertService:
             m = self._at("forward", cell // self.placement.expert_parallel, j)
             if m is None:
                 if part.shape[0]:
-                    raise LockstepError(f"slot {self.slot}: cell {cell} sent rows of layer {j}, but is idle by schedule")
+                    raise LockstepError(
+                        f"slot {self.slot}: cell {cell} sent rows of layer {j}, but is idle by schedule"
+                    )
                 continue
             # A copy of its own: sources free theirs at different slots, and a view would pin the whole buffer.
             rows = None if self.recompute else part.clone()

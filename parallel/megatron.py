@@ -21,6 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -57,8 +58,8 @@ def initialise(mesh: Mesh, seed: int, timeout_minutes: float) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def shut_down() -> None:
-    """Forget the grid, so that another can be built in this process (tests). Collective.
+def shut_down(keep: Sequence[Any] = ()) -> None:
+    """Forget the grid, so that another can be built in this process. Collective. Groups in `keep` stay.
 
     megatron-core only drops its names of the groups; each gloo group keeps threads that poll, so a process that builds
     grid after grid would drown in them.
@@ -67,7 +68,7 @@ def shut_down() -> None:
     torch.distributed.barrier()
     world = torch.distributed.distributed_c10d._world
     for group in list(world.pg_map):
-        if group is not torch.distributed.group.WORLD:
+        if group is not torch.distributed.group.WORLD and all(group is not other for other in keep):
             torch.distributed.destroy_process_group(group)
 
 
@@ -343,7 +344,11 @@ def wrap(
         no_sync = [d.no_sync for d in ddps]
         wide.no_sync_func = no_sync if len(ddps) > 1 else no_sync[0]
     if service is None:
-        return DenseSide(ddps, optimizer, wide)
+        dense = DenseSide(ddps, optimizer, wide)
+    for part in _optimizers(dense):
+        if isinstance(part, DistributedOptimizer):
+            _spread_buckets(part)
+    return dense
     sequence = config.model.sequence_length // mesh.tensor
     lockstep = LockstepPipeline(
         model=ddps[0],
@@ -360,35 +365,49 @@ def wrap(
     return DenseSide(ddps, optimizer, wide, lockstep)
 
 
-def optimizer_sharding(dense: DenseSide, world: Any) -> str:
-    """How dense optimizer state is laid out in a checkpoint (collective over `world`, so that all ranks agree).
-
-    `fully_reshardable` loads on any layout but silently corrupts buffers of more than one bucket
-    (distrib_optimizer.py:1501 against :1118); those use `dp_reshardable`, which is exact on the same layout.
-    """
-    several = any(len(buffer.buckets) > 1 for chunk in dense.chunks for buffer in chunk.buffers)
-    votes = torch.tensor([int(several)], device=cpu_host.device())
-    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=world)
-    return "dp_reshardable" if int(votes) else "fully_reshardable"
-
-
-def checkpoint_metadata(sharding: str) -> dict[str, Any]:
+def checkpoint_metadata() -> dict[str, Any]:
     """What megatron-core's sharded state dicts want to be told."""
     return {
-        "distrib_optim_sharding_type": sharding,
+        "distrib_optim_sharding_type": "fully_reshardable",  # by parameter: any layout loads it
         "chained_optim_avoid_prefix": True,
         "non_homogeneous_layers": True,  # layers are saved by number: dense and MoE layers differ
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
 
-def _distributed_optimizers(dense: DenseSide) -> list[Any]:
+def _optimizers(dense: DenseSide) -> list[Any]:
     return list(getattr(dense.optimizer, "chained_optimizers", [dense.optimizer]))
+
+
+def _spread_buckets(optimizer: Any) -> None:
+    """Give the gathered optimizer state the places that `fully_reshardable` reads it from.
+
+    megatron-core gathers a buffer's buckets without the padding between them (distrib_optimizer.py:1118) and then cuts
+    parameters out at their padded places (:1501), so that with several buckets, as tied embeddings and overlap make
+    them, everything behind the first is saved from the wrong place.
+    """
+    gather = optimizer.get_parameter_state_dp_zero
+
+    def spread(*args: Any, **kwargs: Any) -> Any:
+        state = gather(*args, **kwargs)
+        for i, buffer in enumerate(optimizer.buffers if state is not None else ()):
+            for tensors in state[i].values():
+                for key, packed in tensors.items():
+                    if torch.is_tensor(packed):
+                        parts = packed.split([bucket.numel_unpadded for bucket in buffer.buckets])
+                        tensors[key] = packed.new_zeros(buffer.numel)
+                        for bucket, part in zip(buffer.buckets, parts, strict=True):
+                            tensors[key][bucket.offset : bucket.offset + len(part)] = part
+        return state
+
+    optimizer.get_parameter_state_dp_zero = spread
 
 
 def prepare_to_load(dense: DenseSide) -> None:
     """Optimizer state must exist before its sharded description can be made (distrib_optimizer.py:642)."""
-    for optimizer in _distributed_optimizers(dense):
+    for optimizer in _optimizers(dense):
+        if not isinstance(optimizer, DistributedOptimizer):
+            continue  # megatron-core's others make it themselves
         optimizer._init_optimizer_states_with_dummy_values()
         if not cpu_host.has_cuda():
             _skip_step_tensor(optimizer)
@@ -409,7 +428,7 @@ def _skip_step_tensor(optimizer: Any) -> None:
 
 def mend_after_load(dense: DenseSide) -> None:
     """megatron-core loads one `step` tensor into all parameters (:825); torch's Adam would then count it up for each."""
-    for optimizer in _distributed_optimizers(dense):
+    for optimizer in _optimizers(dense):
         for state in optimizer.optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()

@@ -137,7 +137,7 @@ def replicate(
 
 
 def spans(ids: Sequence[int], visible: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Where `visible` stands in `ids`, both ascending, as ranges: ids (0, 2, 4, 6), visible (0, 4, 6) -> (0, 1), (2, 4)."""
+    """Where `visible` stands in `ids`, as ranges; both ascend. Ids 0, 2, 4, 6, visible 0, 4, 6 -> (0, 1), (2, 4)."""
     at = {e: i for i, e in enumerate(ids)}
     out: list[list[int]] = []
     for e in visible:

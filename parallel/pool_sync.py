@@ -12,14 +12,20 @@ the grain at which shares are cut, so that checkpoints can name every share by (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moue_dist.parallel.groups import ReplicaGroup
+from moue_dist.parallel.host_adam import HostAdam, Pending
+from moue_dist.parallel.share_adam import DeviceAdam, ShareAdam
+
+ALL_ON_DEVICE: Mapping[str, torch.dtype] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,18 @@ class SyncedBuffer:
         self.spans = tuple(
             Span(a * row, b * row, math.ceil((b - a) * pieces / g.size) * unit, g) for a, b, g in segments if b > a
         )
+        self.pending: Pending | None = None  # an update of the weights that this rank's worker is at
+
+    def settle(self) -> None:
+        """End the update that is under way, if there is one, on all replicas (collective).
+
+        Before any use of the weights or gradients after an optimizer step, and at a point that all ranks reach with no
+        message between them: inside a pipeline's schedule the replicas of other stages would wait for each other.
+        """
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+            self.gather()
 
     def shares(self, flat: Tensor) -> list[Tensor]:
         """This rank's part of each segment of a tensor laid out like the buffer, as views."""
@@ -158,84 +176,100 @@ def common_pieces(segment_rows: Iterable[tuple[int, int]], row: int) -> int:
 class SharedOptimizer:
     """AdamW over this rank's shares of synced buffers: fp32 masters and moments, one tensor a segment.
 
-    Where the weights are fp32 already, masters are the weights themselves. Steps in three moves, so that the caller
-    can form one gradient norm with the dense parameters: `reduce`, `squared_norm`, `step`.
+    Steps in three moves, so that the caller can form one gradient norm with the dense parameters: `reduce`,
+    `squared_norm`, `step`. `on_host` names buffers whose state lives in host memory, with the type of their moments;
+    their step may still be under way when `step` returns, and `finish` ends it.
     """
 
-    def __init__(self, buffers: Sequence[SyncedBuffer], *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        buffers: Sequence[SyncedBuffer],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        on_host: Mapping[str, torch.dtype] = ALL_ON_DEVICE,
+    ) -> None:
         self.buffers = tuple(buffers)
-        self.masters = [
-            [w if w.dtype == torch.float32 else w.float() for w in b.shares(b.weight)] for b in self.buffers
-        ]
-        flat = [torch.nn.Parameter(m, requires_grad=False) for ms in self.masters for m in ms]
-        fused = bool(flat) and flat[0].is_cuda  # unfused AdamW needs several temporaries as large as the pool
-        self.adam = torch.optim.AdamW(flat, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
-        for p in flat:  # created here, not at the first step, so that memory is known and checkpoints can load
-            self.adam.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu"),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+        self.adams: list[ShareAdam] = []
+        for b in self.buffers:
+            shares = b.shares(b.weight)
+            if b.name in on_host:
+                moments = on_host[b.name]
+                adam = HostAdam(shares, betas=betas, eps=eps, weight_decay=weight_decay, moments=moments)
+                self.adams.append(adam)
+            else:
+                self.adams.append(DeviceAdam(shares, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @property
-    def parameters(self) -> list[Tensor]:
-        return list(self.adam.param_groups[0]["params"])
+    def masters(self) -> list[list[Tensor]]:
+        """By buffer and segment."""
+        self.finish()
+        return [adam.masters for adam in self.adams]
 
     def states(self, buffer: int) -> dict[str, list[Tensor]]:
-        """Per segment of a buffer: `weight` (fp32 masters), `exp_avg`, `exp_avg_sq`."""
-        first = sum(len(ms) for ms in self.masters[:buffer])
-        mine = self.parameters[first : first + len(self.masters[buffer])]
-        moments = {n: [self.adam.state[p][n] for p in mine] for n in ("exp_avg", "exp_avg_sq")}
-        return {"weight": [p.data for p in mine], **moments}
+        """Per segment of a buffer: `weight` (fp32 masters), `exp_avg`, `exp_avg_sq` (type of `on_host`, or fp32)."""
+        self.finish()
+        return self.adams[buffer].states()
+
+    def finish(self) -> None:
+        """End the last step where it is still under way (collective, see `SyncedBuffer.settle`).
+
+        Everything here and `check_replicas` call it themselves; so does a training step, through `zero_grad`. A caller
+        that uses the weights otherwise after a step, as an evaluation does, calls it first.
+        """
+        for b in self.buffers:
+            b.settle()
 
     def zero_grad(self) -> None:
+        self.finish()
         for b in self.buffers:
             b.grad.zero_()
 
     def reduce(self) -> None:
+        self.finish()
         for b in self.buffers:
             b.reduce()
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of this rank's shares, fp32 scalar; their sum over all ranks is the buffers' squared norm."""
-        parts = [g.square().sum() if not g.is_cuda else torch.linalg.vector_norm(g).square() for g in self._grads()]
+        grads = [g for b in self.buffers for g in b.shares(b.grad)]
+        parts = [g.square().sum() if not g.is_cuda else torch.linalg.vector_norm(g).square() for g in grads]
         return torch.stack(parts).sum() if parts else torch.zeros(())
-
-    def _grads(self) -> list[Tensor]:
-        return [g for b in self.buffers for g in b.shares(b.grad)]
 
     @torch.no_grad()
     def step(self, lr: float, clip: float | None) -> None:
-        """One AdamW step on the shares, gradients multiplied by `clip` first; replicas are equal afterwards."""
-        for p, g in zip(self.parameters, self._grads(), strict=True):
-            p.grad = g if clip is None else g.mul_(clip)
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        for p in self.parameters:
-            p.grad = None
-        self.publish()
+        """One AdamW step on the shares, gradients multiplied by `clip` first; replicas are equal after `finish`."""
+        self.finish()
+        for b, adam in zip(self.buffers, self.adams, strict=True):
+            grads = b.shares(b.grad)
+            if clip is not None:
+                for g in grads:
+                    g.mul_(clip)
+            b.pending = adam.step(grads, lr)
+            if b.pending is None:
+                b.gather()
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Masters -> weights -> all replicas; also after loading a checkpoint."""
-        for b, masters in zip(self.buffers, self.masters, strict=True):
-            for w, m in zip(b.shares(b.weight), masters, strict=True):
-                if w.data_ptr() != m.data_ptr():
-                    w.copy_(m)
+        """Masters -> weights -> all replicas: after loading a checkpoint."""
+        self.finish()
+        for b, adam in zip(self.buffers, self.adams, strict=True):
+            adam.publish()
             b.gather()
 
     def set_steps(self, step: int) -> None:
         """Adam's step count after loading: it corrects the bias of the moments."""
-        for p in self.parameters:
-            self.adam.state[p]["step"].fill_(step)
+        self.finish()
+        for adam in self.adams:
+            adam.set_steps(step)
 
+    @torch.no_grad()
     def adopt_weights(self) -> None:
         """Weights -> masters: after initialisation."""
-        for b, masters in zip(self.buffers, self.masters, strict=True):
-            for w, m in zip(b.shares(b.weight), masters, strict=True):
-                if w.data_ptr() != m.data_ptr():
-                    m.copy_(w)
+        self.finish()
+        for adam in self.adams:
+            adam.adopt()
 
 
 @dataclass(frozen=True)
@@ -249,8 +283,22 @@ class UnequalReplicas(RuntimeError):
         return f"replicas of {self.buffer} rows {list(self.rows[:8])} differ between ranks ({len(self.rows)} rows)"
 
 
-def check_replicas(buffers: Sequence[SyncedBuffer]) -> None:
-    """Raise UnequalReplicas if any replica differs in a bit (collective over each segment's replicas)."""
+def check_replicas(buffers: Sequence[SyncedBuffer], world: Any = None) -> None:
+    """Raise UnequalReplicas if any replica differs in a bit (collective over each segment's replicas).
+
+    With `world`, the group of all ranks, every rank raises the same error, not only those that hold the copies: a
+    rank that raised alone would leave the others waiting in their next collective.
+    """
+    found = []
     for b in buffers:
-        if bad := b.unequal_rows():
-            raise UnequalReplicas(b.name, tuple(bad))
+        b.settle()
+        bad = b.unequal_rows()
+        if world is not None:
+            marks = torch.zeros(b.global_rows, dtype=torch.int32, device=b.weight.device)
+            marks[bad] = 1
+            dist.all_reduce(marks, dist.ReduceOp.MAX, group=world)
+            bad = torch.nonzero(marks).flatten().tolist()
+        found.append(tuple(bad))
+    for b, rows in zip(buffers, found, strict=True):
+        if rows:
+            raise UnequalReplicas(b.name, rows)

@@ -17,6 +17,7 @@ class BenchOptions:
     baseline_grads: Literal["bf16", "fp32"] = "bf16"  # bf16 is the faster; ours are always fp32
     output: str | None = None
     append: bool = False
+    join: bool = False  # add the part to the file's last run instead of starting another
     note: str | None = None
 
     @property

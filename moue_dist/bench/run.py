@@ -11,7 +11,7 @@ import gc
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -70,12 +70,12 @@ def run(config: Config, place: Place, options: BenchOptions) -> int:
     path = Path(options.output) if options.output else None
     with process_group(config, place):
         leader = place.rank == 0
-        earlier = result.earlier_runs(path, options.append) if path and leader else []
+        earlier = result.earlier_runs(path, options.append or options.join) if path and leader else []
         world = dist.new_group(timeout=timedelta(seconds=config.train.timeout_seconds))
         answers = dist.new_group(backend="gloo", timeout=timedelta(seconds=STRAGGLER_SECONDS))
         batches = _read_batches(config, place, total, world)
         setting = Setting(config, place, resolved, device, options, batches, world)
-        record = _describe(setting)
+        record = earlier.pop() if options.join and earlier else _describe(setting)
         for name in options.parts:
             record["parts"][name] = _guarded(name, setting, answers)
             record["ratio"] = result.ratio(record["parts"])
@@ -136,7 +136,7 @@ def _guarded(name: str, setting: Setting, answers: Any) -> dict[str, Any]:
     except Exception as raised:  # out of memory, a kernel that is not built, a defect: the other part still runs
         error = _one_line(raised)
         print(f"moue: bench: {name} failed on rank {setting.place.rank}: {error}", file=sys.stderr, flush=True)
-    _give_back()
+    _give_back((setting.world, answers))
     errors: list[str | None] = [None] * setting.place.world_size
     try:
         dist.all_gather_object(errors, error, group=answers)
@@ -154,13 +154,13 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
 
 
-def _give_back() -> None:
+def _give_back(keep: Sequence[Any]) -> None:
     """Forget megatron-core's groups and return every cached block to the device."""
     from moue_dist.parallel import megatron
 
     if fp8 := sys.modules.get("transformer_engine.pytorch.fp8"):
         fp8.FP8GlobalStateManager.reset()  # the next part's FP8 statistics are its own
-    megatron.shut_down()
+    megatron.shut_down(keep)
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
@@ -147,17 +148,36 @@ def _draw_lane(axes: Axes, lane: Lane, y: float, zero: float, scale: float, widt
                     (s.start + s.end - 2 * zero) / 2 * scale, y + low + height / 2, label, ha="center", va="center",
                     size=7, color=ON_FILL, zorder=4, clip_on=True,
                 )  # fmt: skip
+    transfers = [(t.start - zero, t.end - zero) for t in lane.spans if t.kind == "transfer"]
+    grounds = [_sorted(s for s in work if s.kind == kind) for kind in WORK]
     for kind in ("optimizer", "serve", "transfer"):
         inside: list[tuple[float, float]] = []
         outside: list[tuple[float, float]] = []
         for s in lane.spans:
             if s.kind == kind:
-                (inside if _is_inside(s, work) else outside).append((s.start - zero, s.end - zero))
+                (inside if any(_is_inside(s, ground) for ground in grounds) else outside).append(
+                    (s.start - zero, s.end - zero)
+                )
         strip = -0.4 if kind == "serve" else 0.4 - STRIP
         _boxes(axes, inside, y + strip, STRIP, COLOURS[kind], scale, finest, 3)
         # A wait is no work: where nothing else goes on it is a strip on the idle ground.
         low, height = (strip, STRIP) if kind == "transfer" else (-0.4, 0.8)
+        if kind == "serve":
+            outside = without(outside, transfers)
         _boxes(axes, outside, y + low, height, COLOURS[kind], scale, finest, 3 if kind == "transfer" else 2)
+
+
+def without(boxes: Sequence[tuple[float, float]], holes: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """What is left of boxes (start, end) outside the holes. [(0, 9)] without [(2, 4)] is [(0, 2), (4, 9)]."""
+    left = []
+    for start, end in boxes:
+        for a, b in sorted(hole for hole in holes if hole[1] > start and hole[0] < end):
+            if a > start:
+                left.append((start, a))
+            start = max(start, b)
+        if end > start:
+            left.append((start, end))
+    return left
 
 
 def _boxes(
@@ -183,13 +203,33 @@ def _boxes(
 
 
 def _bands(lane: Lane, finest: float) -> dict[str, Band]:
-    forward, backward = ([s for s in lane.spans if s.kind == kind] for kind in WORK)
-    overlap = any(min(f.end, b.end) - max(f.start, b.start) > finest for f in forward for b in backward)
+    forward, backward = (_sorted(s for s in lane.spans if s.kind == kind) for kind in WORK)
+    overlap = any(_overlap(b, forward) > finest for b in backward) or any(
+        _overlap(f, backward) > finest for f in forward
+    )
     return {"forward": "upper", "backward": "lower"} if overlap else {"forward": "whole", "backward": "whole"}
 
 
-def _is_inside(span: Span, work: Sequence[Span]) -> bool:
-    return any(w.start <= span.start and span.end <= w.end for w in work)
+def _sorted(spans: Iterable[Span]) -> list[Span]:
+    return sorted(spans, key=lambda s: s.start)
+
+
+def _last_before(span: Span, ground: Sequence[Span]) -> Span | None:
+    """The last of `ground` (by start, not overlapping each other) that starts no later than `span`."""
+    i = bisect_right(ground, span.start, key=lambda g: g.start)
+    return ground[i - 1] if i else None
+
+
+def _is_inside(span: Span, ground: Sequence[Span]) -> bool:
+    """Whether the span lies inside one of `ground`."""
+    found = _last_before(span, ground)
+    return found is not None and span.end <= found.end
+
+
+def _overlap(span: Span, ground: Sequence[Span]) -> float:
+    """Seconds that the span shares with the one of `ground` under way at its start."""
+    found = _last_before(span, ground)
+    return 0.0 if found is None else min(span.end, found.end) - span.start
 
 
 def _legend(axes: Axes, lanes: Sequence[Lane]) -> None:

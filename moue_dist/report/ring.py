@@ -1,4 +1,5 @@
-"""The picture of the pool: a ring of experts, and one arc per MoE layer over the experts that this layer sees."""
+"""The picture of the pool: a ring of experts, one arc per MoE layer over the experts that this layer sees, and around
+them, where a placement is given, the stages that hold each expert."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moue_dist.config import ConfigError
 from moue_dist.model.topology import Topology, build_topology
+from moue_dist.parallel.placement import Placement
 from moue_dist.report.style import GRID, INK, SOFT, new_figure, recolour, stage_colours, to_svg
 
 if TYPE_CHECKING:
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OUTER, INNER = 1.0, 0.42  # radii of the ring of experts and of the innermost arc
+COPY, MOST_COPIES = 0.055, 6  # width of one copy's band outside of the ring, and how many are drawn
 
 
 def arcs(window: Sequence[int], pool: int) -> list[tuple[int, int]]:
@@ -40,18 +44,21 @@ def reached_by(topology: Topology, layer_to_stage: Sequence[int]) -> list[set[in
     return stages
 
 
-def draw_ring(topology: Topology, layer_to_stage: Sequence[int]) -> Figure:
+def draw_ring(topology: Topology, layer_to_stage: Sequence[int], placement: Placement | None = None) -> Figure:
     """The ring of `topology.pool` experts, clockwise from the top, with each layer's window as an arc inside it.
 
     `layer_to_stage[l]` is the pipeline stage (0-based) of MoE layer `l`; it colours the arc. The first layer's arc is
     the outermost. An expert has the colour of the one stage that reaches it, or is dark where several stages share it.
+    Outside of the ring every copy of an expert is a mark in the colour of the stage that holds it: a colour that none
+    of the windows under it has means that tokens travel.
     Raises ValueError where `layer_to_stage` has another length than the topology.
     """
-    figure = new_figure(5.0, 5.0)
+    copies = min(MOST_COPIES, max(map(len, placement.holders), default=0)) if placement else 0
+    figure = new_figure(5.0 + 0.3 * copies, 5.0 + 0.3 * copies)
     axes = figure.add_subplot()
     axes.set_aspect("equal")
     axes.set_axis_off()
-    colours = stage_colours(max(layer_to_stage, default=0) + 1)
+    colours = stage_colours(max(placement.pipeline if placement else 1, max(layer_to_stage, default=0) + 1))
     stages = reached_by(topology, layer_to_stage)
     _draw_experts(axes, stages, colours)
     step = min(0.09, (OUTER - 0.1 - INNER) / max(1, topology.layers - 1))
@@ -62,13 +69,17 @@ def draw_ring(topology: Topology, layer_to_stage: Sequence[int]) -> Figure:
             first, length = runs[0]
             x, y = _point(first - 0.5, topology.pool, radius, back=0.0 if length == topology.pool else 0.035)
             axes.text(x, y, str(layer + 1), ha="center", va="center", size=8 if topology.layers <= 10 else 6, color=INK)
-    _label(axes, topology, stages, colours, used=sorted(set(layer_to_stage)))
-    axes.set_xlim(-1.12, 1.12)
-    axes.set_ylim(-1.12, 1.12)
+    if placement:
+        _draw_copies(axes, placement, colours)
+    used = set(layer_to_stage) | ({s for at in placement.holders for s in at} if placement else set())
+    _label(axes, topology, stages, colours, used=sorted(used))
+    edge = OUTER + 0.12 + COPY * copies
+    axes.set_xlim(-edge, edge)
+    axes.set_ylim(-edge, edge)
     return figure
 
 
-def describe_ring(topology: Topology, layer_to_stage: Sequence[int]) -> str:
+def describe_ring(topology: Topology, layer_to_stage: Sequence[int], placement: Placement | None = None) -> str:
     """The picture in words, for those who cannot see it."""
     stages = reached_by(topology, layer_to_stage)
     shared, unseen = sum(len(s) > 1 for s in stages), sum(not s for s in stages)
@@ -78,7 +89,32 @@ def describe_ring(topology: Topology, layer_to_stage: Sequence[int]) -> str:
         text += f" {shared} of the experts are shared by several of the {count} pipeline stages."
     if unseen:
         text += f" {unseen} experts are in no layer's window."
+    if placement:
+        held = [len(at) for at in placement.holders]
+        travel = sum(not reached <= set(at) for reached, at in zip(stages, placement.holders, strict=True))
+        text += (
+            f" The outer marks show which stage holds each expert: {sum(held)} copies in all, at most {max(held)} of "
+            f"one; tokens travel to {travel} experts on other stages."
+        )
     return text
+
+
+def write_ring_picture(
+    path: Path, topology: Topology, layer_to_stage: Sequence[int], placement: Placement | None = None
+) -> Path:
+    """Draw the ring into `path`, a .png or .svg file; raises ConfigError where that is not possible."""
+    figure = draw_ring(topology, layer_to_stage, placement)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".svg":
+            path.write_text(recolour(to_svg(figure), "neutral"), encoding="utf-8")
+        elif path.suffix == ".png":
+            figure.savefig(path, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+        else:
+            raise ConfigError(f"--picture {path}: name a file that ends in .png or .svg")
+    except OSError as error:
+        raise ConfigError(f"--picture {path}: cannot write it ({error.strerror}); name another file") from None
+    return path
 
 
 def write_pool_picture(path: Path) -> Path:
@@ -117,6 +153,25 @@ def _draw_experts(axes: Axes, stages: Sequence[set[int]], colours: Sequence[str]
             angles = _angle(end - 0.5, pool), _angle(first - 0.5, pool)
             shapes.append(Wedge((0, 0), OUTER + 0.03, *angles, width=0.06))
         fills = [fills[first] for first in starts]
+    axes.add_collection(PatchCollection(shapes, facecolors=fills, edgecolors="none"))
+
+
+def _draw_copies(axes: Axes, placement: Placement, colours: Sequence[str]) -> None:
+    """Marks outside of the ring: the i-th holder of an expert in the i-th band."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Wedge
+
+    pool, shapes, fills = placement.pool, [], []
+    for band in range(MOST_COPIES):
+        holder = [at[band] if len(at) > band else None for at in placement.holders]
+        starts = [e for e in range(pool) if e == 0 or holder[e] != holder[e - 1] or pool <= 96]
+        for first, end in zip(starts, [*starts[1:], pool], strict=True):
+            stage = holder[first]
+            if stage is not None:
+                gap = 0.12 if pool <= 96 else 0.0  # single experts stand apart
+                angles = _angle(end - 0.5 - gap, pool), _angle(first - 0.5 + gap, pool)
+                shapes.append(Wedge((0, 0), OUTER + 0.06 + COPY * (band + 0.8), *angles, width=0.8 * COPY))
+                fills.append(colours[stage])
     axes.add_collection(PatchCollection(shapes, facecolors=fills, edgecolors="none"))
 
 

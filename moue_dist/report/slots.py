@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def shares(lane: Lane, start: float, end: float) -> Shares:
         if b > a:
             edges += [(a, 1, span.kind), (b, -1, span.kind)]
     edges.sort(key=lambda edge: edge[0])
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     active: Counter[str] = Counter()
     at = start
     for time, change, kind in [*edges, (end, 0, "idle")]:
@@ -129,17 +130,14 @@ def mean_times(step: Step) -> tuple[float, float]:
     """Mean seconds of a forward and of a backward of one microbatch on one stage, without the transfers inside."""
     spent: dict[str, list[float]] = {kind: [] for kind in WORK}
     for lane in step.lanes:
-        transfers = [s for s in lane.spans if s.kind == "transfer"]
+        transfers = sorted((s for s in lane.spans if s.kind == "transfer"), key=lambda s: s.start)
+        starts = [t.start for t in transfers]
         for span in lane.spans:
             if span.kind in WORK:
-                inside = [t for t in transfers if _belongs(t, span)]
+                near = transfers[bisect_left(starts, span.start) : bisect_right(starts, span.end)]
+                inside = [t for t in near if t.end <= span.end and t.microbatch in (None, span.microbatch)]
                 spent[span.kind].append(span.end - span.start - _union(inside))
     return mean(spent["forward"] or [0.0]), mean(spent["backward"] or [0.0])
-
-
-def _belongs(inner: Span, outer: Span) -> bool:
-    inside = outer.start <= inner.start and inner.end <= outer.end
-    return inside and (inner.microbatch is None or inner.microbatch == outer.microbatch)
 
 
 def _union(spans: Sequence[Span]) -> float:

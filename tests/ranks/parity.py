@@ -7,6 +7,7 @@ are those of `tests/reference.py`. `Yardstick` is the other side: the reference 
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,9 +136,11 @@ def train(
             mine = microbatches(config, tokens[i], system.coord.dp, system.mesh.data)
             results.append(train_step(system, mine, i))
             if check_every and (i + 1) % check_every == 0:
-                check_replicas(system.shared.buffers)
-        check_replicas(system.shared.buffers)
+                check_replicas(system.shared.buffers, system.groups.world)
+        check_replicas(system.shared.buffers, system.groups.world)
         if save is not None:
+            # megatron-core's writer has a helper process, which multiprocessing forbids to the children that ranks are.
+            multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
             checkpoint.save(system, save, checkpoint.Progress(stop, 0), keep=9)
         return Trained(
             [r.loss for r in results],

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moue_dist.config import Config
+from moue_dist.config import Config, ConfigError
 from tests.ranks import parity
 from tests.ranks.cases import Case
 from tests.ranks.spawn import ROOT, RankPool
@@ -24,6 +24,7 @@ SAME = [
     ("pp2 ep2 dp2 full overlap", "recurrent"),
     ("pp2 v2", "moue"),
     ("pp2 v2 overlap", "tied head"),
+    ("pp2 dp2", "tied head"),
     ("dp2 overlap plain", "qwen"),
     ("ep2 tp2 dp2", "moue"),
     ("", "deepseek"),
@@ -39,6 +40,8 @@ MOVED = [
     ("pp2 ep2 dp2", "dp2", "deepseek"),
     ("pp2", "", "tied head"),
     ("", "pp2", "tied head"),
+    ("pp2 dp2", "pp2 v2", "tied head"),
+    ("pp2 plain", "plain", "moue"),
     ("tp2", "dp2", "moue"),
     ("pp2 2-3", "pp2 ep2 dp2 3-2", "five layers"),
 ]
@@ -82,6 +85,39 @@ def test_resumed_on_another_layout(
     assert final.keys() == expected.keys()
     errors = {n: float((w - expected[n]).norm() / expected[n].norm()) for n, w in final.items()}
     assert {n: e for n, e in errors.items() if not e < 1e-5} == {}
+
+
+def refusal(config: Config, folder: Path) -> str | None:
+    """Inside a rank: why the checkpoint in `folder` does not load."""
+    from moue_dist import checkpoint
+    from moue_dist.parallel import megatron
+
+    system, newest = parity.build(config), checkpoint.newest(folder)
+    try:
+        assert newest is not None
+        checkpoint.load(system, newest)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        megatron.shut_down()
+    return None
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "option"),
+    [
+        ("plain", "moue", "parallel.distributed_optimizer=true"),
+        ("", "recurrent", "moe.router=universal"),
+        ("", "tied head", "model.tied_head=False"),
+    ],
+)
+def test_another_model_or_optimizer_is_refused_by_name(
+    layout: str, model: str, option: str, ranks: Callable[[int], RankPool], tmp_path: Path
+) -> None:
+    ranks(1).run(parity.train, config_of("", "moue"), SEED, stop=1, save=tmp_path)
+    (message,) = ranks(1).run(refusal, config_of(layout, model), tmp_path)
+    assert message is not None
+    assert option in message
 
 
 def test_the_command_line_resumes(tmp_path: Path) -> None:

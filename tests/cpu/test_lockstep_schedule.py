@@ -1,0 +1,294 @@
+"""The lock-step schedule, simulated: how many sub-slots, what passes when, one order of collectives, how much is live.
+
+The pipelines and services below are the real ones; only the wire is not there. Every peer is silent: it sends no rows
+and its tensors are zeros. So each stage can run alone, and what it posts is written down and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moue_dist.kernels.experts import ExpertSlab
+from moue_dist.parallel import lockstep, lockstep_pipeline
+from moue_dist.parallel.lockstep import ExpertService, LockstepError, Schedule
+from moue_dist.parallel.lockstep_pipeline import LockstepPipeline
+from moue_dist.parallel.placement import Placement
+
+D = 4  # hidden size
+
+
+# The schedule alone.
+
+
+@given(st.integers(1, 9), st.integers(1, 24), st.integers(0, 4))
+def test_every_stage_runs_every_microbatch_once_and_in_time(stages: int, microbatches: int, lag: int) -> None:
+    schedule = Schedule(stages, microbatches, lag)
+    assert len(schedule.forward_slots) == len(schedule.backward_slots) == microbatches + stages - 1
+    assert schedule.slots == range(schedule.backward_slots.stop)
+    at: dict[tuple[str, int], list[int]] = {}  # (way, stage) -> slot of each microbatch
+    for stage in range(stages):
+        for way in ("forward", "backward"):
+            ran = [(m, t) for t in schedule.slots if (m := schedule.microbatch(way, t, stage)) is not None]  # type: ignore[arg-type]
+            assert [m for m, _ in ran] == list(range(microbatches))
+            at[way, stage] = [t for _, t in ran]
+    for m in range(microbatches):
+        for stage in range(stages - 1):  # one slot to travel in either direction
+            assert at["forward", stage + 1][m] == at["forward", stage][m] + 1
+            assert at["backward", stage][m] == at["backward", stage + 1][m] + 1
+        assert at["backward", stages - 1][m] == at["forward", stages - 1][m] + lag
+    for stage in range(stages):
+        live = [  # after the forward and before the backward of a slot
+            sum(f <= t <= b for f, b in zip(at["forward", stage], at["backward", stage], strict=True))
+            for t in schedule.slots
+        ]
+        assert max(live) == min(microbatches, 2 * (stages - 1 - stage) + 1 + lag) == schedule.in_flight(stage)
+
+
+def test_without_backward_nothing_is_due_after_the_forward() -> None:
+    schedule = Schedule(3, 4, forward_only=True)
+    assert schedule.slots == range(6) and not schedule.backward_slots
+    assert all(schedule.microbatch("backward", t, s) is None for t in range(20) for s in range(3))
+    assert [schedule.in_flight(s) for s in range(3)] == [1, 1, 1]
+
+
+# The real pipelines, one stage after the other, without a wire.
+
+
+@dataclass
+class Wire:
+    """Stands where torch.distributed does: notes what is posted and answers for silent peers."""
+
+    stage: int = 0
+    collectives: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # group, shape but for the rows
+    posted: list[list[tuple[str, int]]] = field(default_factory=list)  # for each exchange: (send or receive, peer)
+    isend = "send"
+    irecv = "receive"
+
+    def all_to_all_single(self, out: Tensor, rows: Tensor, *splits: list[int], group: str) -> None:
+        out.zero_()
+        self.collectives.append((group, tuple(rows.shape[1:])))
+
+    def P2POp(self, what: str, tensor: Tensor, peer: int, group: Any) -> tuple[str, int]:  # noqa: N802
+        if what == "receive":
+            tensor.zero_()
+        return what, peer
+
+    def batch_isend_irecv(self, operations: list[tuple[str, int]]) -> list[Any]:
+        self.posted.append(operations)
+        return [SimpleNamespace(wait=lambda: None) for _ in operations]
+
+    def get_global_rank(self, group: Any, stage: int) -> int:
+        return stage
+
+
+class Watched(ExpertService):
+    """Notes the sub-slots and rounds as they are entered, and how many microbatches are live before each backward."""
+
+    def begin(self, way: Any, slot: int) -> None:
+        super().begin(way, slot)
+        self.entered.append((way, slot, None))
+        self.live.append(len(self.pipeline._live))
+
+    def _enter(self, way: Any, j: int) -> None:
+        super()._enter(way, j)
+        self.entered.append((way, self.slot, j))
+
+
+class Stage:
+    """What a pipeline asks of megatron-core's wrapped model; `n` MoE layers, x + moe(x)."""
+
+    def __init__(self, service: ExpertService, n: int) -> None:
+        self.service, self.n, self.module = service, n, self
+        self.weight = torch.ones(1, 1, D, requires_grad=True)
+        self.table = service.table(range(service.placement.pool))
+
+    def set_is_first_microbatch(self) -> None: ...
+
+    def set_input_tensor(self, received: Tensor | None) -> None:
+        self.received = received
+
+    def layer(self, x: Tensor, j: int) -> Tensor:
+        chosen = self.service.replayed(j)
+        ids = torch.zeros(1, 1, dtype=torch.int64) if chosen is None else chosen
+        y = self.service.exchange(x.view(1, D), ids, x.new_ones(1, 1), self.table, j)
+        return x + y.view_as(x)
+
+    def __call__(self) -> Tensor:
+        x = self.weight if self.received is None else self.received + self.weight
+        for j in range(self.n):
+            x = checkpoint(self.layer, x, j, use_reentrant=True) if self.service.recompute else self.layer(x, j)
+        return x
+
+
+def service_of(stage: int, layers: tuple[int, ...], *, ep: int = 1, recompute: bool = False) -> Any:
+    cells = len(layers) * ep
+    home = Placement(len(layers), ep, tuple((e // ep,) for e in range(cells)), tuple(e % ep for e in range(cells)))
+    slab = ExpertSlab(torch.ones(1, 3 * D), torch.zeros(1, 3 * D), D, 1, ((0, 1),))
+    service: Any = Watched(
+        placement=home,
+        stage=stage,
+        ep_rank=0,
+        layers=layers,
+        slab=slab,
+        groups={"forward": "forward", "backward": "backward"},
+        backend="loop",
+        recompute=recompute,
+        device=torch.device("cpu"),
+    )
+    service.entered, service.live, service.pipeline = [], [], SimpleNamespace(_live={})
+    return service
+
+
+def run_stage(stage: int, layers: tuple[int, ...], microbatches: int, lag: int, recompute: bool, ep: int) -> Any:
+    service = service_of(stage, layers, ep=ep, recompute=recompute)
+    pipeline = LockstepPipeline(
+        model=Stage(service, layers[stage]),
+        service=service,
+        stage=stage,
+        stages=len(layers),
+        lag=lag,
+        group=None,
+        shape=(1, 1, D),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        overlap_grad_reduce=False,
+    )
+    service.pipeline = pipeline
+
+    def forward_step(batch: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
+        return model(), lambda output: (output.sum(), {"loss": output.sum().detach()})
+
+    results = pipeline.run(forward_step, [None] * microbatches)
+    assert len(results) == (microbatches if stage == len(layers) - 1 else 0)
+    assert not pipeline._live
+    return service
+
+
+@pytest.mark.parametrize(
+    ("layers", "microbatches", "lag", "recompute", "ep"),
+    [
+        ((2,), 3, 0, False, 1),
+        ((1, 1), 1, 0, False, 1),
+        ((1, 1), 5, 1, False, 2),
+        ((2, 1), 2, 0, True, 1),
+        ((0, 2), 5, 0, False, 1),
+        ((1, 3, 2), 2, 0, False, 1),
+        ((1, 3, 2), 3, 2, True, 2),
+        ((2, 0, 1), 7, 1, False, 1),
+        ((1, 3, 2, 1), 1, 0, True, 1),
+        ((1, 3, 2, 1), 3, 0, False, 1),
+        ((1, 1, 1, 1), 4, 1, True, 1),
+        ((2, 0, 3, 1), 9, 0, True, 1),
+        ((1, 2, 1, 0, 1), 11, 3, False, 1),
+    ],
+)
+def test_all_stages_post_the_same_collectives_in_the_same_order(
+    layers: tuple[int, ...], microbatches: int, lag: int, recompute: bool, ep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages, rounds = len(layers), max(layers)
+    services, wires = [], []
+    for stage in range(stages):
+        wire = Wire(stage)
+        monkeypatch.setattr(lockstep, "dist", wire)
+        monkeypatch.setattr(lockstep_pipeline, "dist", wire)
+        services.append(run_stage(stage, layers, microbatches, lag, recompute, ep))
+        wires.append(wire)
+
+    slots = microbatches + stages - 1
+    expected = []
+    for t in range(slots + stages - 1 + lag):
+        if t < slots:
+            expected += [("forward", t, j) for j in (None, *range(rounds))]
+        if t >= stages - 1 + lag:
+            expected += [("backward", t, j) for j in (None, *reversed(range(rounds)))]
+    for stage, (service, wire) in enumerate(zip(services, wires, strict=True)):
+        assert service.entered == expected, f"stage {stage}"
+        assert wire.collectives == wires[0].collectives, f"stage {stage}"
+        for way in ("forward", "backward"):
+            assert sum(w == way and j is None for w, _, j in service.entered) == slots
+            posted = sum(group == way for group, _ in wire.collectives)
+            assert posted and posted % (slots * rounds) == 0, "every round takes the same collectives"
+        assert max(service.live) == min(microbatches, 2 * (stages - 1 - stage) + 1 + lag)
+    _pair_up(wires)
+
+
+def _pair_up(wires: list[Wire]) -> None:
+    """Between neighbours, what one sends the other receives, the same number of times."""
+    for a, b in zip(range(len(wires) - 1), range(1, len(wires)), strict=True):
+        for sender, receiver in ((a, b), (b, a)):
+            sent = sum(("send", receiver) in posted for posted in wires[sender].posted)
+            received = sum(("receive", sender) in posted for posted in wires[receiver].posted)
+            assert sent == received > 0
+    assert all(0 <= peer < len(wires) for wire in wires for posted in wire.posted for _, peer in posted)
+
+
+# Faults are named at their cause.
+
+
+def opened(way: Any, *, layers: tuple[int, ...] = (2, 3), microbatches: int = 2) -> Any:
+    service = service_of(0, layers)
+    service.begin_step(Schedule(len(layers), microbatches))
+    service.begin(way, 1)
+    return service
+
+
+@pytest.mark.parametrize(
+    ("due", "way", "j", "message"),
+    [
+        ("forward", "forward", 1, "slot 1, stage 0: forward of layer 1 entered, but forward of layer 0 is due"),
+        ("forward", "backward", 2, "slot 1, stage 0: backward of layer 2 entered, but forward of layer 0 is due"),
+        ("backward", "backward", 0, "slot 1, stage 0: backward of layer 0 entered, but backward of layer 2 is due"),
+    ],
+)
+def test_a_round_that_is_not_due_is_named_before_anything_is_sent(
+    due: str, way: str, j: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = Wire()
+    monkeypatch.setattr(lockstep, "dist", wire)
+    service, rows = opened(due), torch.empty(0, D)
+    with pytest.raises(LockstepError, match=message):
+        if way == "forward":
+            service._forward_round(j, rows, torch.zeros(2, 1, dtype=torch.int64))
+        else:
+            service._backward_round(j, rows, torch.empty(0), rows, [0, 0])
+    assert not wire.collectives
+
+
+def test_a_round_more_or_less_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lockstep, "dist", Wire())
+    service = opened("forward")
+    service._forward_round(0, torch.empty(0, D), torch.zeros(2, 1, dtype=torch.int64))
+    with pytest.raises(
+        LockstepError, match=r"slot 1, stage 0: rounds \[\('forward', 1\), \('forward', 2\)\] were left"
+    ):
+        service.finish()
+    service.serve()
+    service.finish()
+    with pytest.raises(LockstepError, match="forward of layer 3 entered, but nothing is due"):
+        service._forward_round(3, torch.empty(0, D), torch.zeros(2, 1, dtype=torch.int64))
+
+
+def test_rows_from_a_stage_that_is_idle_are_refused() -> None:
+    service = opened("forward", microbatches=1)  # in slot 1 stage 1 is at microbatch 0, stage 0 is through
+    with pytest.raises(LockstepError, match="cell 0 sent rows of layer 0, but is idle by schedule"):
+        service._keep(0, torch.ones(2, D), torch.tensor([[1], [1]]), [1, 1])
+
+
+def test_a_microbatch_without_its_backward_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lockstep, "dist", Wire())
+    service = opened("forward")
+    service.serve()
+    with pytest.raises(LockstepError, match="never had their backward"):
+        service.end_step()
+    service.begin_step(Schedule(2, 1))  # a step that broke off is forgotten
+    service.end_step()

@@ -1,0 +1,69 @@
+"""The planner's bytes against those that a step on ranks counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moue_dist.config import Config, ParallelConfig
+from moue_dist.parallel.costs import row_wire_bytes, stage_use, step_traffic
+from moue_dist.parallel.mesh import build_mesh
+from moue_dist.validate import expert_bytes, place_pool, stages_of_moe_layers
+from tests.ranks import parity
+from tests.ranks.cases import BASE, RING
+from tests.ranks.spawn import RankPool
+
+
+def one_step(config: Config) -> tuple[torch.Tensor, int, int, int]:
+    """In a rank: one training step; the step's counts [L, P] over all ranks, and the bytes that this rank sent."""
+    from moue_dist.parallel import megatron
+    from moue_dist.step import train_step
+
+    system = parity.build(config)
+    try:
+        tokens = parity.tokens_of(config, 1, seed=3)[0]
+        result = train_step(system, parity.microbatches(config, tokens, system.coord.dp, system.mesh.data), 0)
+        sent: Any = system.context.service.traffic  # type: ignore[union-attr]
+        return result.counts_lp, sent.other_stage, sent.same_stage, sent.same_cell
+    finally:
+        dist.barrier()
+        megatron.shut_down()
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("degrees", [(2, 2), (4, 1)])
+@pytest.mark.parametrize(("placement", "budget"), [("home", 0.0), ("hybrid", 2e-4)])
+def test_bytes_across_stages_are_as_predicted(
+    recompute: str, degrees: tuple[int, int], placement: str, budget: float, ranks: Callable[[int], RankPool]
+) -> None:
+    parallel = ParallelConfig(
+        pipeline_parallel=degrees[0], expert_parallel=degrees[1], placement=placement, pool_budget_gib=budget,
+        recompute=recompute,
+    )  # type: ignore[arg-type]  # fmt: skip
+    config = replace(BASE, parallel=parallel, moe=replace(BASE.moe, **RING))
+    found = ranks(4).run(one_step, config)
+    mesh = build_mesh(4, parallel)
+    placed, stages = place_pool(config, mesh), stages_of_moe_layers(config, mesh)
+    each, t = expert_bytes(config), config.train
+    lean = recompute == "full"
+    predicted = step_traffic(
+        placed,
+        stage_use(config.topology().windows, stages, config.moe.pool, mesh.pipeline, found[0][0].numpy()),
+        rows=t.global_batch_size * config.model.sequence_length * config.moe.top_k,
+        row_bytes=row_wire_bytes(config.model.hidden_size, each.weight, lock_step=True, recompute=lean),
+        layers=[Counter(stages)[s] for s in range(mesh.pipeline)],
+        microbatches=t.global_batch_size // (t.micro_batch_size * mesh.data),
+        each=each,
+        expert_data=mesh.expert_data,
+        recompute=lean,
+    )
+    across, within, here = (sum(rank[i] for rank in found) for i in (1, 2, 3))
+    assert predicted.across == pytest.approx(across, rel=1e-6), "measured use predicts it exactly"
+    assert predicted.within + predicted.here == pytest.approx(within + here, rel=1e-6)
+    assert 0 < across
