@@ -103,9 +103,7 @@ class TorchGemm:
 
 def _narrow(spans: Spans) -> Spans:
     """Spans of at most MOST_GROUPS experts. With MOST_GROUPS 512: ((0, 600),) -> ((0, 512), (512, 600))."""
-    return tuple(
-        (first, min(first + MOST_GROUPS, end)) for a, end in spans for first in range(a, end, MOST_GROUPS)
-    )
+    return tuple((first, min(first + MOST_GROUPS, end)) for a, end in spans for first in range(a, end, MOST_GROUPS))
 
 
 def accumulate(total_noi: Tensor, part_noi: Tensor, counts_n: Tensor, impl: Impl) -> None:

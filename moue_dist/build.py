@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
-from torch import nn
 
 from moue_dist.config import Config
 from moue_dist.model.balance import BalanceState
@@ -54,7 +54,8 @@ class System:
     def last_stage(self) -> bool:
         return self.coord.pp == self.mesh.pipeline - 1
 
-    def chunk_modules(self) -> list[nn.Module]:
+    def chunk_modules(self) -> list[Any]:
+        """The GPTModels, without their data-parallel wrappers."""
         return [chunk.module for chunk in self.dense.chunks]
 
 

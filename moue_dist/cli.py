@@ -206,7 +206,7 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _bench_apart(args: argparse.Namespace, config: Config, options: BenchOptions, overrides: list[str]) -> int:
-    """Both parts of a benchmark, each in processes of its own: what one leaves on the device cannot burden the other."""
+    """Both parts of a benchmark, each in processes of its own: what one leaves on the device burdens no other."""
     import tempfile
     from dataclasses import replace
 

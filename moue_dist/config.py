@@ -80,8 +80,8 @@ class ParallelConfig:
     placement: Literal["replicate", "home", "hybrid"] = "replicate"  # where an expert lives that several stages reach
     pool_budget_gib: float = 0.0  # hybrid: bytes a GPU for its part of the pool (weights, gradients, optimizer state)
     replace_interval: int = 0  # home, hybrid: steps between re-placements by measured use; 0 means never
-    lag: int = 0  # home, hybrid: slots by which backward trails, so that forward and backward never wait for each other
-    pool_optimizer: Literal["device", "host"] = "device"  # where the pool's Adam state lives; host is DeepSpeed's CPU Adam
+    lag: int = 0  # home, hybrid: slots by which backward trails; 1: a slot's two directions never wait for each other
+    pool_optimizer: Literal["device", "host"] = "device"  # where its Adam state lives; host: DeepSpeed's CPU Adam
     host_state: Literal["fp32", "bf16"] = "fp32"  # type of the moments in host memory
     overlap_grad_reduce: bool = False
     recompute: Literal["none", "selective", "full"] = "none"

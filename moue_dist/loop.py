@@ -184,9 +184,7 @@ def _open_data(system: System, run_dir: Path) -> Batches:
     if system.rank == 0:
         prepare_corpus(config.data, folder)
     dist.barrier(group=system.groups.world)
-    train, valid = build_datasets(
-        config, folder, t.steps * t.global_batch_size, t.eval_batches * t.global_batch_size
-    )
+    train, valid = build_datasets(config, folder, t.steps * t.global_batch_size, t.eval_batches * t.global_batch_size)
     return Batches(train, valid, t, system.device)
 
 
@@ -204,5 +202,3 @@ def _peak_host_memory() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-

@@ -96,7 +96,7 @@ def replace_pool(system: System, placement: Placement, step: int) -> tuple[Syste
     sent = replacement.send(move, rank, world, staged, pool.buffer, shared.states(0))
     shared.set_steps(step)
     shared.publish()
-    check_replicas(shared.buffers)
+    check_replicas(shared.buffers, world)
     dist.barrier(group=world)  # before a group goes, its last messages have arrived
     for group in unused:
         dist.destroy_process_group(group)

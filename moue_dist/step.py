@@ -40,6 +40,7 @@ def train_step(system: System, microbatches: Sequence[Batch], step: int, timelin
     """One optimizer step (0-based `step`) over this rank's microbatches of the global batch."""
     context, dense, shared = system.context, system.dense, system.shared
     context.begin_step(len(microbatches))
+    context.dispatcher.timeline = timeline
     dense.zero_grad()
     shared.zero_grad()
 
@@ -62,6 +63,7 @@ def train_step(system: System, microbatches: Sequence[Batch], step: int, timelin
 @torch.no_grad()
 def evaluate(system: System, batches: Sequence[Sequence[Batch]]) -> float:
     """Mean loss in nats per token over global batches, equal on all ranks."""
+    system.shared.finish()
     for chunk in system.dense.chunks:
         chunk.eval()
     means = []
@@ -117,9 +119,9 @@ def _update(system: System, norm: float, step: int) -> float:
             clip_grad_by_total_norm_fp32(parameters, o.clip_grad, norm)
     lr = learning_rate(o, step, system.config.train.steps)
     system.dense.set_rates(lr, o.weight_decay)
+    system.shared.step(lr, clip)  # first: in host memory it goes on beside the dense step
     if not optimizer.step_with_ready_grads():
         raise TrainingError(f"megatron-core's optimizer refused step {step + 1}")
-    system.shared.step(lr, clip)
     return lr
 
 

@@ -26,6 +26,7 @@ many cross stages and E - 1 times as many move inside of one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,16 +122,20 @@ def cell_bytes(placement: Placement, each: ExpertBytes, expert_data: int = 1) ->
     A segment's optimizer state is cut in equal shares of whole pieces, the last ones smaller: exact, and of a cell's
     ranks the one with the largest shares counts.
     """
-    shape = placement.pipeline, placement.expert_parallel
-    rows, pieces = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     cut = pieces_of_a_row(placement, expert_data, each.row)
-    for ep in range(placement.expert_parallel):
-        for length, stages in placement.column_runs(ep):
-            at = np.asarray(stages, dtype=np.int64)
-            share = -(-length * cut // max(1, len(stages) * expert_data))
-            rows[at, ep] += length
-            first = np.arange(len(stages)) * expert_data * share  # of the cell's rank that comes first
-            pieces[at, ep] += np.clip(length * cut - first, 0, share)
+    runs = [(n, at, ep) for ep in range(placement.expert_parallel) for n, at in placement.column_runs(ep) if at]
+    copies = np.asarray([len(at) for _, at, _ in runs], dtype=np.int64)
+    # From here on an entry for every (segment, holder).
+    length = np.repeat(np.asarray([n for n, _, _ in runs], dtype=np.int64), copies)
+    column = np.repeat(np.asarray([ep for _, _, ep in runs], dtype=np.int64), copies)
+    holders = np.repeat(copies, copies)
+    stage = np.fromiter(itertools.chain.from_iterable(at for _, at, _ in runs), dtype=np.int64, count=len(length))
+    position = np.arange(len(length)) - np.repeat(np.cumsum(copies) - copies, copies)
+    share = -(-length * cut // (holders * expert_data))
+    mine = np.minimum(np.maximum(length * cut - position * expert_data * share, 0), share)  # of the cell's first rank
+    rows, pieces = (np.zeros((placement.pipeline, placement.expert_parallel), dtype=np.int64) for _ in range(2))
+    np.add.at(rows, (stage, column), length)
+    np.add.at(pieces, (stage, column), mine)
     return {
         "weights": rows * each.row * each.weight,
         "gradients": rows * each.row * each.gradient,

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    "tensor as_tensor zeros ones empty full arange rand randn randint linspace eye randperm empty_strided "
-    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like"
-).split()
-_NEW = "new_zeros new_ones new_empty new_full new_tensor".split()
+_LIKE = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
+_SIZED = ("zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "empty_strided")
+_FACTORIES = (*_LIKE, *_SIZED, "tensor", "as_tensor", "arange", "linspace", "eye")
+_NEW = ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
 
 
 def device() -> torch.device:
@@ -127,9 +126,9 @@ def _replace_namespace() -> None:
         return lambda *_, **__: value
 
     cuda: Any = torch.cuda
-    for name in "set_device synchronize empty_cache reset_peak_memory_stats".split():
+    for name in ["set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"]:
         setattr(cuda, name, constant(None))
-    for name in "memory_allocated max_memory_allocated memory_reserved max_memory_reserved".split():
+    for name in ["memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"]:
         setattr(cuda, name, constant(0))
     cuda.current_device, cuda.device_count = constant(_CPU), constant(1)
     cuda.is_current_stream_capturing = constant(False)

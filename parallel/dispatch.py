@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moue_dist.kernels.permute import combine as weighted_gather_sum
 from moue_dist.kernels.permute import permute
+from moue_dist.parallel.timeline import OFF, Timeline
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class RouteTable:
     def build(
         cls, columns: Sequence[int], visible: Sequence[int], owners: int, me: int, device: torch.device
     ) -> RouteTable:
-        """`columns[e]` is the owner of e. Columns (0, 1, 0, 1, 0), visible (0, 1, 2, 4), 2 owners -> slots 0, 3, 1, 2."""
+        """`columns[e]` owns e. Columns (0, 1, 0, 1, 0), visible (0, 1, 2, 4), 2 owners -> slots 0, 3, 1, 2."""
         per_owner = [[e for e in visible if columns[e] == r] for r in range(owners)]
         width = max(len(ids) for ids in per_owner)
         slot = torch.full((len(columns),), -1, dtype=torch.int64)
@@ -64,6 +65,7 @@ class AllToAllDispatcher:
 
     def __init__(self, group: Any) -> None:
         self.group = group
+        self.timeline = OFF  # set for the steps that are recorded
         self.owners = group.size() if group is not None else 1
 
     def dispatch(
@@ -88,10 +90,11 @@ class AllToAllDispatcher:
             return rows, counts, None, Handle(position_tk, source_r, slot_r, None, None, None, None)
 
         theirs_ow = torch.empty_like(counts_ow)
-        dist.all_to_all_single(theirs_ow, counts_ow, group=self.group)
-        both = torch.stack([counts_ow, theirs_ow]).cpu()  # the one wait for the device in a layer's forward
+        with self.timeline.span("transfer"):
+            dist.all_to_all_single(theirs_ow, counts_ow, group=self.group)
+            both = torch.stack([counts_ow, theirs_ow]).cpu()  # the one wait for the device in a layer's forward
         send, receive = both[0].sum(1).tolist(), both[1].sum(1).tolist()
-        rows = _Exchange.apply(rows, send, receive, self.group)
+        rows = _Exchange.apply(rows, send, receive, self.group, self.timeline)
         # Received rows are ordered by (source, expert); experts want (expert, source).
         expert_of_row = torch.arange(table.width, device=rows.device).repeat(table.owners)
         expert_of_row = expert_of_row.repeat_interleave(theirs_ow.reshape(-1), output_size=sum(receive))
@@ -105,9 +108,9 @@ class AllToAllDispatcher:
 
     def combine(self, rows_rd: Tensor, weight_tk: Tensor, handle: Handle) -> Tensor:
         """y[t] = sum_k weight[t, k] * row of (t, k): the experts' outputs, back on their tokens, [T, d]."""
-        if handle.to_source_r is not None:
+        if handle.to_source_r is not None and handle.from_source_r is not None:
             rows_rd = permute(rows_rd, handle.to_source_r, handle.from_source_r[:, None])
-            rows_rd = _Exchange.apply(rows_rd, handle.receive, handle.send, self.group)
+            rows_rd = _Exchange.apply(rows_rd, handle.receive, handle.send, self.group, self.timeline)
         return weighted_gather_sum(rows_rd, weight_tk, handle.position_tk, handle.source_r, handle.slot_r)
 
 
@@ -115,13 +118,15 @@ class _Exchange(torch.autograd.Function):
     """all_to_all_single of rows with uneven splits; its gradient travels the other way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _all_to_all(rows, send, receive, group)
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Any, timeline: Timeline) -> Tensor:
+        ctx.send, ctx.receive, ctx.group, ctx.timeline = send, receive, group, timeline
+        with timeline.span("transfer"):
+            return _all_to_all(rows, send, receive, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        with ctx.timeline.span("transfer"):
+            return _all_to_all(grad, ctx.receive, ctx.send, ctx.group), None, None, None, None
 
 
 def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:

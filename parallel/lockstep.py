@@ -29,6 +29,7 @@ from moue_dist.kernels.permute import gather_rows, gather_sum
 from moue_dist.parallel.dispatch import RouteTable
 from moue_dist.parallel.groups import Way
 from moue_dist.parallel.placement import Placement
+from moue_dist.parallel.timeline import OFF, Timeline
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class ExpertService:
     recompute: bool
     device: torch.device
     traffic: Traffic = field(default_factory=Traffic)
-    timeline: Any = None
+    timeline: Timeline = OFF
 
     def __post_init__(self) -> None:
         p = self.placement
@@ -175,13 +176,13 @@ class ExpertService:
         while self.due and (self.due[0][0] == "forward" or self.due[0][1] >= down_to):
             way, j = self.due[0]
             nothing = self.slab.weight.new_empty(0, self.slab.hidden)
-            if way == "forward":
-                self._forward_round(
-                    j, nothing, torch.zeros(self.cells, self.width, dtype=torch.int64, device=self.device)
-                )
-            else:
-                no_weight = torch.empty(0, dtype=torch.float32, device=self.device)
-                self._backward_round(j, nothing, no_weight, nothing, [0] * self.cells)
+            with self.timeline.span("serve"):
+                if way == "forward":
+                    no_rows = torch.zeros(self.cells, self.width, dtype=torch.int64, device=self.device)
+                    self._forward_round(j, nothing, no_rows)
+                else:
+                    no_weight = torch.empty(0, dtype=torch.float32, device=self.device)
+                    self._backward_round(j, nothing, no_weight, nothing, [0] * self.cells)
 
     def finish(self) -> None:
         """Close a sub-slot."""
@@ -226,9 +227,10 @@ class ExpertService:
         self._enter("forward", j)
         theirs_cn = torch.empty_like(counts_cn)
         group = self.groups["forward"]
-        dist.all_to_all_single(theirs_cn, counts_cn, group=group)
+        with self.timeline.span("transfer"):
+            dist.all_to_all_single(theirs_cn, counts_cn, group=group)
+            send_cn, got_cn = torch.stack([counts_cn, theirs_cn]).cpu()  # the one wait for the device in a round
         self._count([self.width * counts_cn.element_size()] * self.cells)
-        send_cn, got_cn = torch.stack([counts_cn, theirs_cn]).cpu()  # the one wait for the device in a round
         send, receive = send_cn.sum(1).tolist(), got_cn.sum(1).tolist()
         received = self._all_to_all(rows_rd, send, receive, "forward")
         self._keep(j, received, got_cn, receive)
@@ -303,7 +305,8 @@ class ExpertService:
 
     def _all_to_all(self, rows: Tensor, send: list[int], receive: list[int], way: Way) -> Tensor:
         out = rows.new_empty(sum(receive), *rows.shape[1:])
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.groups[way])
+        with self.timeline.span("transfer"):
+            dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.groups[way])
         size = math.prod(rows.shape[1:]) * rows.element_size()
         self._count([n * size for n in send])
         return out

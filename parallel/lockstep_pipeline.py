@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moue_dist.parallel.groups import Way
 from moue_dist.parallel.lockstep import ExpertService, Schedule
+from moue_dist.parallel.timeline import OFF, Timeline
 
 LossOf = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Any, Any], tuple[Tensor, LossOf]]
@@ -46,13 +47,21 @@ class LockstepPipeline:
     overlap_grad_reduce: bool
     _live: dict[int, _Live] = field(default_factory=dict)
 
-    def run(self, forward_step: ForwardStep, microbatches: Sequence[Any], *, forward_only: bool = False) -> list[Any]:
+    def run(
+        self,
+        forward_step: ForwardStep,
+        microbatches: Sequence[Any],
+        *,
+        forward_only: bool = False,
+        timeline: Timeline = OFF,
+    ) -> list[Any]:
         """Forward (and backward) of all microbatches; what the loss function returned, on the last stage.
 
         As in megatron-core, the loss is divided by the number of microbatches before backward.
         """
         schedule = Schedule(self.stages, len(microbatches), self.lag, forward_only)
         self._live.clear()
+        self.service.timeline = timeline
         self.service.begin_step(schedule)
         results: list[Any] = []
         inbox: dict[Way, Tensor | None] = {"forward": None, "backward": None}
@@ -80,16 +89,17 @@ class LockstepPipeline:
         m = schedule.microbatch("forward", slot, self.stage)
         output = None
         if m is not None:
-            if m == 0:
-                self.model.module.set_is_first_microbatch()
-            if received is not None:
-                received.requires_grad_(not schedule.forward_only)
-            self.model.module.set_input_tensor(received)
-            output, loss_of = forward_step(microbatches[m], self.model)
-            if self.stage == self.stages - 1:
-                loss, report = loss_of(output)
-                results.append(report)
-                output = loss / schedule.microbatches
+            with self.service.timeline.span("forward", m):
+                if m == 0:
+                    self.model.module.set_is_first_microbatch()
+                if received is not None:
+                    received.requires_grad_(not schedule.forward_only)
+                self.model.module.set_input_tensor(received)
+                output, loss_of = forward_step(microbatches[m], self.model)
+                if self.stage == self.stages - 1:
+                    loss, report = loss_of(output)
+                    results.append(report)
+                    output = loss / schedule.microbatches
             if not schedule.forward_only:
                 self._live[m] = _Live(received, output)
         self.service.serve()
@@ -108,7 +118,7 @@ class LockstepPipeline:
         live = self._live.pop(m)
         last = m == schedule.microbatches - 1
         hold = self.model.no_sync() if self.overlap_grad_reduce and not last else contextlib.nullcontext()
-        with hold:
+        with hold, self.service.timeline.span("backward", m):
             torch.autograd.backward(live.output, gradient)  # ONE call: everything of the stage hangs on `output`
         self.service.finish()
         return None if live.received is None else live.received.grad
@@ -124,11 +134,13 @@ class LockstepPipeline:
                 operations.append(dist.P2POp(dist.isend, sent.contiguous(), self._peer(step), self.group))
             source = self.stage - step
             if 0 <= source < self.stages and schedule.microbatch(way, slot, source) is not None:
-                inbox[way] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-                operations.append(dist.P2POp(dist.irecv, inbox[way], self._peer(-step), self.group))
+                coming = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+                operations.append(dist.P2POp(dist.irecv, coming, self._peer(-step), self.group))
+                inbox[way] = coming
         if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+            with self.service.timeline.span("transfer"):
+                for work in dist.batch_isend_irecv(operations):
+                    work.wait()
         return inbox
 
     def _peer(self, step: int) -> int:

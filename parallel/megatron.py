@@ -123,7 +123,7 @@ def transformer_config(config: Config, mesh: Mesh, *, fp8_recipe: str | None, fu
 
 
 def _layout(config: Config, mesh: Mesh) -> list[list[str]]:
-    """Layers of each virtual stage as megatron-core spells them: [["embedding", "decoder"], ..., ["decoder", "loss"]]."""
+    """Layers of each virtual stage as megatron-core spells them: [["embedding", "decoder"], ["decoder", "loss"]]."""
     stages = mesh.pipeline * mesh.virtual
     counts = config.parallel.stage_layers or (config.model.layers // stages,) * stages
     layout = [["decoder"] * n for n in counts]
@@ -281,9 +281,10 @@ class DenseSide:
         `forward_step(microbatch, model)` gives (output, loss function). Dense gradients are reduced at the end.
         """
         if self.lockstep is not None:
-            results = self.lockstep.run(forward_step, microbatches, forward_only=forward_only)
+            results = self.lockstep.run(forward_step, microbatches, forward_only=forward_only, timeline=timeline)
             if not forward_only:
-                finalize_model_grads(self.chunks)
+                with timeline.span("optimizer"):
+                    finalize_model_grads(self.chunks)
             return results
         iterators = [iter(microbatches) for _ in self.chunks]
         with recorded(timeline, self.config):
@@ -343,26 +344,35 @@ def wrap(
     if p.overlap_grad_reduce:
         no_sync = [d.no_sync for d in ddps]
         wide.no_sync_func = no_sync if len(ddps) > 1 else no_sync[0]
-    if service is None:
-        dense = DenseSide(ddps, optimizer, wide)
+    lockstep = None if service is None else _lockstep(config, tconfig, mesh, service, ddps[0], wide)
+    dense = DenseSide(ddps, optimizer, wide, lockstep)
     for part in _optimizers(dense):
         if isinstance(part, DistributedOptimizer):
             _spread_buckets(part)
     return dense
-    sequence = config.model.sequence_length // mesh.tensor
-    lockstep = LockstepPipeline(
-        model=ddps[0],
+
+
+def _lockstep(
+    config: Config,
+    tconfig: TransformerConfig,
+    mesh: Mesh,
+    service: ExpertService,
+    model: DistributedDataParallel,
+    wide: TransformerConfig,
+) -> LockstepPipeline:
+    """The schedule of experts at home; `wide` is the configuration whose hidden size has room for the state."""
+    return LockstepPipeline(
+        model=model,
         service=service,
         stage=service.stage,
         stages=mesh.pipeline,
-        lag=p.lag,
+        lag=config.parallel.lag,
         group=parallel_state.get_pipeline_model_parallel_group(),
-        shape=(sequence, config.train.micro_batch_size, wide.hidden_size),
+        shape=(config.model.sequence_length // mesh.tensor, config.train.micro_batch_size, wide.hidden_size),
         dtype=tconfig.params_dtype,
         device=cpu_host.device(),
-        overlap_grad_reduce=p.overlap_grad_reduce,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
     )
-    return DenseSide(ddps, optimizer, wide, lockstep)
 
 
 def checkpoint_metadata() -> dict[str, Any]:
@@ -414,7 +424,7 @@ def prepare_to_load(dense: DenseSide) -> None:
 
 
 def _skip_step_tensor(optimizer: Any) -> None:
-    """torch's Adam keeps a `step` tensor per parameter that is not in the file (KeyError at distrib_optimizer.py:940)."""
+    """torch's Adam keeps a `step` tensor per parameter that is in no file (KeyError at distrib_optimizer.py:940)."""
 
     def take(model_param: Any, tensors: dict[str, Tensor]) -> None:
         group, order = optimizer.model_param_group_index_map[model_param]
@@ -427,7 +437,7 @@ def _skip_step_tensor(optimizer: Any) -> None:
 
 
 def mend_after_load(dense: DenseSide) -> None:
-    """megatron-core loads one `step` tensor into all parameters (:825); torch's Adam would then count it up for each."""
+    """megatron-core loads one `step` tensor into all parameters (:825); torch's Adam would count it up for each."""
     for optimizer in _optimizers(dense):
         for state in optimizer.optimizer.state.values():
             if torch.is_tensor(state.get("step")):

@@ -19,7 +19,7 @@ from moue_dist.model.router import SharedRouter
 
 
 def global_names(chunk: nn.Module, layers: Sequence[int]) -> Iterator[tuple[str, nn.Parameter]]:
-    """(global name, parameter) of a chunk whose layers are `layers`: decoder.layers.0 of stage 1 -> decoder.layers.2."""
+    """(global name, parameter) of a chunk with these layers: decoder.layers.0 of stage 1 -> decoder.layers.2."""
     for name, parameter in chunk.named_parameters():
         yield re.sub(r"(?<=^decoder\.layers\.)\d+", lambda m: str(layers[int(m.group())]), name), parameter
 

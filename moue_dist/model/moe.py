@@ -25,7 +25,9 @@ from moue_dist.parallel.dispatch import RouteTable
 class MoELayer(MegatronModule):
     """Sits in the mlp slot of megatron-core's TransformerLayer. Owns its router; borrows pool and dispatcher."""
 
-    def __init__(self, config: Any, submodules: Any = None, *, run: Config, device: torch.device, shared_mlp: Any = None) -> None:
+    def __init__(
+        self, config: Any, submodules: Any = None, *, run: Config, device: torch.device, shared_mlp: Any = None
+    ) -> None:
         super().__init__(config)
         self.run, self._device, self._shared_mlp = run, device, shared_mlp
         self.shared_expert: MLP | None = None

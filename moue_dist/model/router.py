@@ -22,7 +22,7 @@ STATE_EPS = 1e-6
 
 
 class Routing(NamedTuple):
-    """A router's answer. `ids` are global expert ids; `scores` sum to 1 over the layer's window and feed the balance."""
+    """A router's answer. `ids` are global expert ids; `scores` sum to 1 over the window, for the balance."""
 
     ids_tk: Tensor
     weights_tk: Tensor  # fp32
@@ -86,7 +86,11 @@ class SharedRouter(nn.Module):
 class Router(nn.Module):
     """The router of one MoE layer. `window` are the visible expert ids, ascending."""
 
-    def __init__(self, moe: MoEConfig, hidden: int, window: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    window: Tensor
+
+    def __init__(
+        self, moe: MoEConfig, hidden: int, window: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.kind = moe.router
         self.options = RouterOptions(moe.top_k, moe.score == "topk_softmax", moe.renormalise, moe.route_scale)

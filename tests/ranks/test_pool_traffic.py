@@ -66,4 +66,4 @@ def test_bytes_across_stages_are_as_predicted(
     across, within, here = (sum(rank[i] for rank in found) for i in (1, 2, 3))
     assert predicted.across == pytest.approx(across, rel=1e-6), "measured use predicts it exactly"
     assert predicted.within + predicted.here == pytest.approx(within + here, rel=1e-6)
-    assert 0 < across
+    assert across > 0

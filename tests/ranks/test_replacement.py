@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,7 +94,7 @@ def train(config: Config, seed: int, moves: dict[int, Placement]) -> Told:
             sent.append(moved.bytes_sent)
             planned.append(plan.bytes_sent(system.rank))
             owned.append((_held(system), _owned(moves[i + 1], system.mesh, system.rank, old.buffer.row)))
-        check_replicas(system.shared.buffers)
+        check_replicas(system.shared.buffers, system.groups.world)
         trained = parity.Trained(
             [r.loss for r in results],
             [r.grad_norm for r in results],
@@ -212,6 +214,7 @@ def loop(config: Config, folder: Path) -> None:
     from moue_dist.parallel import cpu_host, megatron
 
     cpu_host.install()
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # as in `parity.train`
     try:
         system = build_system(config, dist.get_rank(), dist.get_world_size(), parity.ON_CPU)
         train_loop(system, folder, device_name="CPU")
@@ -220,10 +223,8 @@ def loop(config: Config, folder: Path) -> None:
 
 
 def test_the_loop_moves_the_pool_by_use(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
-    import json
-
     config = config_of("pp2", "moue")
-    train_config = replace(config.train, steps=5, eval_interval=2, eval_batches=1, save_interval=2)
+    train_config = replace(config.train, steps=5, eval_interval=2, eval_batches=1)
     data = replace(config.data, max_megabytes=0.2, cache=str(tmp_path / "data"))
     config = replace(config, train=train_config, data=data)
     lines = []

@@ -108,7 +108,7 @@ def refusal(config: Config, folder: Path) -> str | None:
     [
         ("plain", "moue", "parallel.distributed_optimizer=true"),
         ("", "recurrent", "moe.router=universal"),
-        ("", "tied head", "model.tied_head=False"),
+        ("", "five layers", "model.layers=4"),
     ],
 )
 def test_another_model_or_optimizer_is_refused_by_name(
@@ -135,6 +135,7 @@ def test_the_command_line_resumes(tmp_path: Path) -> None:
             "train.save_interval": 2,
             "model.sequence_length": 32,
             "data.max_megabytes": 0.3,
+            "parallel.expert_parallel": 1,
         }
         words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
         command = [sys.executable, "-m", "moue_dist", "train", "configs/tiny.yaml", *words]
