@@ -182,8 +182,8 @@ def send(move: Move, rank: int, group: Any, staged: Staged, buffer: SyncedBuffer
         coming, where_from = _of_rank(batch, move.target, move.source, rank)
         out = staged.values[torch.from_numpy(staged.place[leaving])].to(device)
         got = torch.empty(len(coming), len(STATES), move.unit, device=device)
-        splits = [np.bincount(peers, minlength=world).tolist() for peers in (where_from, to)]
-        dist.all_to_all_single(got, out, *splits, group=group)
+        receives, sends = (np.bincount(peers, minlength=world).tolist() for peers in (where_from, to))
+        dist.all_to_all_single(got, out, receives, sends, group=group)
         sent += int((to != rank).sum()) * out[0:1].nbytes
         for segment in np.unique(segment_of[coming]).tolist():
             here = np.flatnonzero(segment_of[coming] == segment)

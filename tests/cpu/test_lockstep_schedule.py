@@ -94,6 +94,10 @@ class Wire:
 class Watched(ExpertService):
     """Notes the sub-slots and rounds as they are entered, and how many microbatches are live before each backward."""
 
+    entered: list[tuple[str, int, int | None]]  # set by `service_of`
+    live: list[int]
+    pipeline: Any
+
     def begin(self, way: Any, slot: int) -> None:
         super().begin(way, slot)
         self.entered.append((way, slot, None))

@@ -178,6 +178,20 @@ def test_a_moved_pool_trains_on_as_if_it_had_stayed(layout: str, model: str, ran
         assert len(cut) > 1, "no move between coarser and finer shares is tried here"
 
 
+def test_from_home_to_home_not_a_bit_changes(ranks: Callable[[int], RankPool]) -> None:
+    """Every expert computes the same rows in the same order wherever it lives; in bf16 the masters move, too."""
+    config = config_of("pp2 ep2 dp2", "moue")
+    config = replace(config, train=replace(config.train, precision="bf16"))
+    start = home(config, build_mesh(4, config.parallel))
+    stayed = ranks(4).run(train, config, SEED, {})
+    told = ranks(4).run(train, config, SEED, {2: rotated(start), 5: start})
+    assert told[0].trained.losses == stayed[0].trained.losses
+    before, after = (parity.merge([t.trained for t in run], "final") for run in (stayed, told))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    known, found = (_merge_states(run) for run in (stayed, told))
+    assert [unit for unit in known if not torch.equal(known[unit], found[unit])] == []
+
+
 def _merge_states(run: list[Told]) -> dict[Unit, Tensor]:
     out: dict[Unit, Tensor] = {}
     for told in run:
