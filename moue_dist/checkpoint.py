@@ -57,6 +57,7 @@ def save(system: System, folder: Path, progress: Progress, keep: int) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier(group=system.groups.world)
+    megatron.save_without_helper()
     dist_checkpointing.save(_state(system, loading=False), str(part))
     dist.barrier(group=system.groups.world)
     if system.rank == 0:

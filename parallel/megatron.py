@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import queue
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -411,6 +413,16 @@ def _spread_buckets(optimizer: Any) -> None:
         return state
 
     optimizer.get_parameter_state_dp_zero = spread
+
+
+def save_without_helper() -> None:
+    """Make megatron-core's synchronous save collect its results in this process.
+
+    Otherwise each rank starts a manager process that imports the program anew (seconds), stays for good, and outlives
+    a killed rank (filesystem_async.py:51). It serves asynchronous saves, of which there are none here.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def prepare_to_load(dense: DenseSide) -> None:

@@ -139,7 +139,7 @@ def train(
                 check_replicas(system.shared.buffers, system.groups.world)
         check_replicas(system.shared.buffers, system.groups.world)
         if save is not None:
-            # megatron-core's writer has a helper process, which multiprocessing forbids to the children that ranks are.
+            # megatron-core's writer forks, which multiprocessing forbids to daemons as the ranks here are.
             multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
             checkpoint.save(system, save, checkpoint.Progress(stop, 0), keep=9)
         return Trained(

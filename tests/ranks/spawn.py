@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -193,6 +194,8 @@ def _answer(task: bytes) -> bytes:
         return pickle.dumps((True, fn(*args, **kwargs)))
     except BaseException:  # SystemExit as well: it would leave the parent waiting
         return pickle.dumps((False, traceback.format_exc()))
+    finally:
+        gc.collect()  # a case's process groups keep polling threads until the cycles they hang in are collected
 
 
 def _context() -> Any:

@@ -1,0 +1,100 @@
+"""Wherever the experts live, a layout trains the model that one process trains: the parity proof of home and hybrid.
+
+As `test_parity.py`, with tokens that travel across stages in lock step. `mN` in a layout is the number of microbatches
+of a step: 1, fewer than stages, as many, and more than two rounds of the pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+
+import pytest
+import torch
+
+from moue_dist.config import Config
+from moue_dist.validate import validate
+from tests.ranks import parity
+from tests.ranks.cases import Case
+from tests.ranks.spawn import RankPool
+
+TOLERANCE = 1e-5
+GIB = 2**30
+
+
+class PlacedCase(Case):
+    """A case with words for the placement (home, hybrid), lag1 and mN."""
+
+    @cached_property
+    def config(self) -> Config:
+        words = self.layout.split()
+        plain = Case(" ".join(w for w in words if w not in ("home", "hybrid")), self.model).config
+        row_bytes = 3 * plain.moe.expert_width * plain.model.hidden_size * (4 + 4 + 12)
+        rows_at_home = math.ceil(plain.moe.pool / (self.degree("pp") * self.degree("ep")))
+        parallel = replace(
+            plain.parallel,
+            placement="hybrid" if "hybrid" in words else "home",
+            pool_budget_gib=1.5 * rows_at_home * row_bytes / GIB if "hybrid" in words else 0.0,
+            lag=int("lag1" in words),
+        )
+        batch = self.degree("m") * plain.train.micro_batch_size * self.degree("dp")
+        return replace(plain, parallel=parallel, train=replace(plain.train, global_batch_size=batch))
+
+
+CASES = [
+    ("home m2", "moue"),
+    ("pp2 home m1", "moue"),
+    ("pp2 home m2 full", "recurrent"),
+    ("pp2 home m5", "unipool"),
+    ("pp2 hybrid m5 full overlap", "moue"),
+    ("pp2 hybrid m2 lag1", "moue, full"),
+    ("pp2 home m2 3-1", "qwen"),
+    ("pp2 home m5 1-3 full lag1", "moue"),
+    ("pp2 home m2", "dense first"),
+    ("pp2 home m2 dp2", "tied head"),
+    ("pp2 home m1 ep2 dp2", "dead"),
+    ("pp2 hybrid m5 ep2 dp2 full", "moue"),
+    ("pp2 home m2 ep2 tp2", "moue"),
+    ("pp4 home m3", "moue"),
+    ("pp4 hybrid m4 full", "unipool"),
+    ("pp4 home m9 overlap", "moue"),
+    ("pp4 home m1 1-2-1-1", "five layers"),
+    ("pp4 home m4 ep2 dp2", "moue"),
+]
+
+
+@pytest.fixture(scope="module")
+def yardstick(ranks: Callable[[int], RankPool]) -> Callable[[Case], parity.Yardstick]:
+    """The reference's run of a case's model and batch; it starts from the weights that one rank draws."""
+    known: dict[tuple[str, int], parity.Yardstick] = {}
+
+    def get(case: Case) -> parity.Yardstick:
+        key = case.model, case.config.train.global_batch_size
+        if key not in known:
+            config = parity.one_process(case.config)
+            initial = parity.merge(ranks(1).run(parity.initial_weights, config), "initial")
+            known[key] = parity.run_reference(config, initial, case.kill)
+        return known[key]
+
+    return get
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES, ids=lambda word: word.replace(" ", "_"))
+def test_a_placement_trains_what_one_process_trains(
+    layout: str, model: str, ranks: Callable[[int], RankPool], yardstick: Callable[[Case], parity.Yardstick]
+) -> None:
+    case = PlacedCase(layout, model)
+    validate(case.config, case.world, cuda=False)
+    truth = yardstick(case)
+    parts = ranks(case.world).run(parity.train, case.config, truth.seed, kill=case.kill)
+    for part in parts:
+        assert part.losses == pytest.approx(truth.losses, rel=TOLERANCE)
+        assert part.norms == pytest.approx([r["grad_norm"] for r in truth.record], rel=TOLERANCE)
+        for step, counts in enumerate(part.counts):
+            assert torch.equal(counts.long(), truth.record[step]["counts_lp"]), f"counts of step {step}"
+    final = parity.merge(parts, "final")
+    assert final.keys() == truth.final.keys()
+    errors = {n: float((w - truth.final[n]).norm() / truth.final[n].norm()) for n, w in final.items()}
+    assert {n: e for n, e in errors.items() if not e < TOLERANCE} == {}
