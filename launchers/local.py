@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -67,7 +68,7 @@ def launch_module(module: str, argv: Sequence[str], nproc: int, nodes: Nodes | N
         with _nothing_left_behind():
             elastic_launch(settings, command[0])(*command[1:])
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _culprit(error.failures)
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         if code != 2:  # 2: a refused configuration, already explained
             print(f"rank {rank} of {nproc * count} ended with exit code {code}; others were stopped", file=sys.stderr)
@@ -117,3 +118,14 @@ def _adopt_orphans(yes: bool) -> None:
     """Processes whose parent dies become children of this one instead of init's, where they would be lost."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, int(yes), 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def _culprit(failures: dict[int, Any]) -> tuple[int, Any]:
+    """The rank that failed first. Times are whole seconds: among equals it is one that a signal killed, since that
+    takes the others along, and not one that was told to stop."""
+
+    def order(item: tuple[int, Any]) -> tuple[bool, bool, int]:
+        code = item[1].exitcode
+        return code == -signal.SIGTERM, code >= 0, item[1].timestamp
+
+    return min(failures.items(), key=order)

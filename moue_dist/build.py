@@ -20,9 +20,9 @@ from moue_dist.parallel.dispatch import AllToAllDispatcher
 from moue_dist.parallel.groups import Groups, build_groups
 from moue_dist.parallel.lockstep import ExpertService
 from moue_dist.parallel.mesh import Coord, Mesh, build_mesh, stage_layout
-from moue_dist.parallel.placement import Placement
+from moue_dist.parallel.placement import Placement, common_pieces
 from moue_dist.parallel.pool import ExpertPool
-from moue_dist.parallel.pool_sync import SharedOptimizer, SyncedBuffer, check_replicas, common_pieces
+from moue_dist.parallel.pool_sync import SharedOptimizer, SyncedBuffer, check_replicas
 from moue_dist.validate import Resolved, place_pool
 
 

@@ -243,9 +243,10 @@ def _start_ranks(config: Config, asked: int | None, words: list[str], *, always:
 
 def _place() -> ProcessEnv:
     """This rank's place, also in the variables that torch.distributed reads."""
-    from moue_dist.launchers.env import export, read_env
+    from moue_dist.launchers.env import export, read_env, set_defaults
 
     place = read_env()
+    set_defaults(place.local_world_size)
     export(place)
     return place
 

@@ -13,8 +13,8 @@ import torch
 from moue_dist.kernels.experts import ExpertSlab
 from moue_dist.parallel.groups import Groups
 from moue_dist.parallel.mesh import Mesh
-from moue_dist.parallel.placement import Placement, spans
-from moue_dist.parallel.pool_sync import SyncedBuffer, common_pieces
+from moue_dist.parallel.placement import Placement, common_pieces, spans
+from moue_dist.parallel.pool_sync import SyncedBuffer
 
 
 class ExpertPool:

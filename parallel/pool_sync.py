@@ -12,7 +12,7 @@ the grain at which shares are cut, so that checkpoints can name every share by (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -158,19 +158,6 @@ class SyncedBuffer:
             dist.all_reduce(high, dist.ReduceOp.MAX, group=span.replicas.group)
             bad += [self.row_ids[a + i] for i in torch.nonzero(low != high).flatten().tolist()]
         return bad
-
-
-def common_pieces(segment_rows: Iterable[tuple[int, int]], row: int) -> int:
-    """How many pieces a row is cut in so that every replica of every segment can get a share.
-
-    `segment_rows` are (rows, replicas) of all segments of all ranks: with at least as many rows as replicas, whole
-    rows (1 piece); otherwise the next power of two that gives each replica a piece, as far as it divides the row.
-    """
-    need = max((math.ceil(replicas / rows) for rows, replicas in segment_rows if rows), default=1)
-    pieces = 1
-    while pieces < need and row % (pieces * 2) == 0:
-        pieces *= 2
-    return pieces
 
 
 class SharedOptimizer:

@@ -11,12 +11,16 @@ from typing import Any
 import yaml
 
 from moue_dist.config import ConfigError
+from moue_dist.load import load_config
+from moue_dist.parallel.mesh import build_mesh
+from moue_dist.parallel.placement import Placement
 from moue_dist.report import figures, html
 from moue_dist.report.gantt import picture_of_time
 from moue_dist.report.html import Picture, share, show
 from moue_dist.report.ring import describe_ring, draw_ring
 from moue_dist.report.runs import Run, number, read_run
 from moue_dist.report.usage import heat_map, latest_usage, pool_use
+from moue_dist.validate import place_pool
 
 
 def write_run_report(run_dir: Path, output: Path | None = None) -> Path:
@@ -138,8 +142,19 @@ def ring_picture(run: Run) -> Picture:
     caption = "The pool's experts as a ring, clockwise from the top. Each arc is a layer's window, the first outermost"
     if len(set(stages)) > 1:
         caption += ", coloured by pipeline stage; experts that several stages share have the colour of the text"
-    figure = draw_ring(topology, stages)
-    return figures.picture(title, caption + ".", describe_ring(topology, stages), figure, "ring")
+    placement = _placement(run)
+    figure = draw_ring(topology, stages, placement)
+    return figures.picture(title, caption + ".", describe_ring(topology, stages, placement), figure, "ring")
+
+
+def _placement(run: Run) -> Placement | None:
+    """Where the run's experts live at its start, as its configuration plans it; None for one stage or broken files."""
+    try:
+        config = load_config(str(run.folder / "config.yaml"), [])
+        mesh = build_mesh(run.world_size or 0, config.parallel)
+        return place_pool(config, mesh) if mesh.pipeline > 1 else None
+    except (ConfigError, ValueError, OSError):
+        return None
 
 
 def grid(run: Run) -> str:
