@@ -23,7 +23,8 @@ from moue_dist.parallel.mesh import Coord, Mesh, build_mesh, stage_layout
 from moue_dist.parallel.placement import Placement, common_pieces
 from moue_dist.parallel.pool import ExpertPool
 from moue_dist.parallel.pool_sync import SharedOptimizer, SyncedBuffer, check_replicas
-from moue_dist.validate import Resolved, place_pool
+from moue_dist.place import place_pool
+from moue_dist.resolve import Resolved
 
 
 @dataclass(frozen=True)

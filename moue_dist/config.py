@@ -16,6 +16,12 @@ class ConfigError(ValueError):
     """A configuration that cannot run. The message names the option and the way out."""
 
 
+def refuse(condition: bool, message: str) -> None:
+    """Raise ConfigError where `condition` holds."""
+    if condition:
+        raise ConfigError(message)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The transformer around the pool: a GPT with RoPE, RMSNorm, grouped-query attention and SwiGLU."""

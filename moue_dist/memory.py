@@ -47,7 +47,8 @@ from moue_dist.parallel.costs import cell_bytes, servers, stage_use
 from moue_dist.parallel.host_limits import adam_bytes
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.placement import Placement
-from moue_dist.validate import Resolved, expert_bytes, stages_of_moe_layers
+from moue_dist.place import expert_bytes, stages_of_moe_layers
+from moue_dist.resolve import Resolved
 
 GIB = 2**30
 RESERVE = 3 * GIB  # CUDA context, NCCL buffers, fragmentation: outside of what the allocator counts as allocated

@@ -19,9 +19,10 @@ from moue_dist.devices import Device
 from moue_dist.flops import Flops, Parameters, flops_per_token, parameters
 from moue_dist.memory import GIB, RESERVE, Share
 from moue_dist.parallel.mesh import build_mesh, layers_of_rank, stage_layout
+from moue_dist.place import moe_window, place_pool, stages_of_moe_layers
 from moue_dist.plan_pool import PoolPlan, build_pool_plan, render_pool_plan
 from moue_dist.remedy import cheapest_change
-from moue_dist.validate import moe_window, place_pool, stages_of_moe_layers, validate
+from moue_dist.validate import validate
 
 if TYPE_CHECKING:
     from rich.console import Console

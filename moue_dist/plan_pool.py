@@ -13,7 +13,8 @@ from moue_dist.parallel.costs import Traffic, cell_bytes, row_wire_bytes, stage_
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.placement import Placement
 from moue_dist.parallel.planner import Kind
-from moue_dist.validate import check_placement, expert_bytes, place_pool, stages_of_moe_layers
+from moue_dist.place import expert_bytes, place_pool, stages_of_moe_layers
+from moue_dist.validate import check_placement
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,7 +19,7 @@ from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.placement import Placement
 from moue_dist.parallel.pool import ExpertPool
 from moue_dist.parallel.pool_sync import check_replicas
-from moue_dist.validate import place_pool, stages_of_moe_layers
+from moue_dist.place import place_pool, stages_of_moe_layers
 
 GIB = 2**30
 

@@ -22,7 +22,8 @@ from moue_dist.kernels.backend import has_transformer_engine
 from moue_dist.load import dump_config
 from moue_dist.parallel import cpu_host
 from moue_dist.provenance import commit, versions
-from moue_dist.validate import Resolved, validate
+from moue_dist.resolve import Resolved
+from moue_dist.validate import validate
 
 
 class Place(Protocol):

@@ -26,8 +26,8 @@ from torch import Tensor
 from moue_dist.config import Config, ConfigError
 from moue_dist.parallel import cpu_host, megatron
 from moue_dist.parallel.mesh import Mesh
+from moue_dist.resolve import Resolved
 from moue_dist.schedules import learning_rate
-from moue_dist.validate import Resolved
 
 Batch = Mapping[str, Tensor]  # tokens, labels, position_ids, each [b, s] int64
 

@@ -31,8 +31,8 @@ from moue_dist.parallel import cpu_host
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.plan import build_plan
 from moue_dist.provenance import commit, machine, versions
+from moue_dist.resolve import Resolved
 from moue_dist.train import Place, process_group, resolve
-from moue_dist.validate import Resolved
 
 STRAGGLER_SECONDS = 120.0  # how long a rank waits for the others to say how a part ended
 

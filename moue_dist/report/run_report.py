@@ -14,13 +14,13 @@ from moue_dist.config import ConfigError
 from moue_dist.load import load_config
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.placement import Placement
+from moue_dist.place import place_pool
 from moue_dist.report import figures, html
 from moue_dist.report.gantt import picture_of_time
 from moue_dist.report.html import Picture, share, show
 from moue_dist.report.ring import describe_ring, draw_ring
 from moue_dist.report.runs import Run, number, read_run
 from moue_dist.report.usage import heat_map, latest_usage, pool_use
-from moue_dist.validate import place_pool
 
 
 def write_run_report(run_dir: Path, output: Path | None = None) -> Path:

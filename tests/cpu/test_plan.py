@@ -18,7 +18,8 @@ from moue_dist.load import load_config
 from moue_dist.memory import GIB, Share, chunks_in_flight, dense_parameters
 from moue_dist.parallel.mesh import Mesh, build_mesh, layers_of_rank, smallest_world, stage_layout
 from moue_dist.plan import build_plan, ranges
-from moue_dist.validate import Resolved, validate
+from moue_dist.resolve import Resolved
+from moue_dist.validate import validate
 from tests.ranks.spawn import ROOT, RankPool
 from tests.reference import parameter_shapes
 

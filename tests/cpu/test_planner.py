@@ -37,8 +37,9 @@ from moue_dist.parallel.hybrid import MAX_SETS, BudgetError
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.placement import Placement
 from moue_dist.parallel.planner import SLACK, plan_placement
+from moue_dist.place import place_pool
 from moue_dist.plan import build_plan
-from moue_dist.validate import place_pool, validate
+from moue_dist.validate import validate
 from tests.ranks.spawn import ROOT
 
 TINY, SEVEN = (str(ROOT / "configs" / name) for name in ("tiny.yaml", "moue_7b.yaml"))
@@ -449,8 +450,8 @@ def test_plan_tells_and_draws_the_placement(kind: str, tmp_path: Path, capsys: p
 
 
 def test_the_ring_shows_who_holds_what() -> None:
+    from moue_dist.place import stages_of_moe_layers
     from moue_dist.report.ring import describe_ring, draw_ring
-    from moue_dist.validate import stages_of_moe_layers
 
     config = load_config(TINY, ["--parallel.placement", "home"])
     mesh = build_mesh(4, config.parallel)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moue_dist.config import Config, ParallelConfig
 from moue_dist.parallel import cpu_host
+from moue_dist.resolve import Resolved
 from moue_dist.schedules import learning_rate
-from moue_dist.validate import Resolved
 from tests.reference import Reference, Routing
 from tests.reference import train as train_reference
 

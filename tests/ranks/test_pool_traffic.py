@@ -14,7 +14,7 @@ import torch.distributed as dist
 from moue_dist.config import Config, ParallelConfig
 from moue_dist.parallel.costs import row_wire_bytes, stage_use, step_traffic
 from moue_dist.parallel.mesh import build_mesh
-from moue_dist.validate import expert_bytes, place_pool, stages_of_moe_layers
+from moue_dist.place import expert_bytes, place_pool, stages_of_moe_layers
 from tests.ranks import parity
 from tests.ranks.cases import BASE, RING
 from tests.ranks.spawn import RankPool

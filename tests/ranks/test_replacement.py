@@ -21,7 +21,8 @@ from moue_dist.parallel.mesh import Mesh, build_mesh
 from moue_dist.parallel.placement import Placement
 from moue_dist.parallel.pool import pool_pieces
 from moue_dist.parallel.replacement import STATES, owners, plan_move
-from moue_dist.validate import place_pool, validate
+from moue_dist.place import place_pool
+from moue_dist.validate import validate
 from tests.ranks import parity
 from tests.ranks.cases import Case
 from tests.ranks.spawn import RankPool
