@@ -20,9 +20,20 @@ from tests.ranks.spawn import RankPool  # noqa: E402
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], RankPool]]:
-    """`ranks(4).run(fn, ...)`: pools that the whole session shares, one for each number of ranks."""
+    """`ranks(4).run(fn, ...)`: pools that the whole session shares, one for each number of ranks.
+
+    A single rank and the world used last stay up. Others are closed: gloo's threads poll, and idle ranks would take
+    the cores from those at work. Starting again costs a fifth of a second.
+    """
     pools: dict[int, RankPool] = {}
-    yield lambda world: pools.setdefault(world, RankPool(world))
+
+    def of(world: int) -> RankPool:
+        for other in [w for w in pools if w not in (1, world)]:
+            if world != 1:
+                pools.pop(other).close()
+        return pools.setdefault(world, RankPool(world))
+
+    yield of
     for pool in pools.values():
         pool.close()
 

@@ -42,6 +42,11 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "moue": {"moe": {**RING, "router": "universal"}, "balance": {"uelb": 0.05, "z_loss": 0.01}},
     "moue, full": {"moe": {"topology": "full", "router": "universal"}, "balance": {"uelb": 0.05, "layer": 0.02}},
     "recurrent": {"moe": {**RING, "router": "recurrent"}, "balance": {"uelb": 0.05, "pool": 0.02, "layer": 0.02}},
+    # Stages share experts in several runs, between which one stage or the other holds more.
+    "skipping ring": {
+        "moe": {"topology": "rotational", "window": 8, "stride": 10, "router": "universal", "experts": "torch"},
+        "balance": {"uelb": 0.05},
+    },
     "dead": {"moe": {**RING, "router": "softmax"}, "balance": {"bias": 0.01, "z_loss": 0.01}},
     "dense first": {  # of two stages the first has no MoE layer, of four two have none
         "model": {"dense_layers": 2},
@@ -71,6 +76,7 @@ MODELS |= {
     for router, topologies in PAIRS.items()
     for topology in topologies
 }
+MODELS["softmax on full"]["moe"]["pool"] = 15  # two replicas cannot share it evenly
 
 
 @dataclass(frozen=True)

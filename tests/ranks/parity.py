@@ -21,6 +21,7 @@ from moue_dist.config import Config, ParallelConfig
 from moue_dist.parallel import cpu_host
 from moue_dist.resolve import Resolved
 from moue_dist.schedules import learning_rate
+from moue_dist.validate import validate
 from tests.reference import Reference, Routing
 from tests.reference import train as train_reference
 
@@ -73,7 +74,8 @@ def build(config: Config) -> Any:
     cpu_host.install()
     from moue_dist.build import build_system
 
-    system = build_system(config, dist.get_rank(), dist.get_world_size(), ON_CPU)
+    world = dist.get_world_size()
+    system = build_system(config, dist.get_rank(), world, validate(config, world, cuda=False))
     liven(system)
     return system
 

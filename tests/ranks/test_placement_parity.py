@@ -81,7 +81,11 @@ def yardstick(ranks: Callable[[int], RankPool]) -> Callable[[Case], parity.Yards
     return get
 
 
-@pytest.mark.parametrize(("layout", "model"), CASES, ids=lambda word: word.replace(" ", "_"))
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    sorted(CASES, key=lambda case: PlacedCase(*case).world),
+    ids=lambda word: word.replace(" ", "_"),
+)
 def test_a_placement_trains_what_one_process_trains(
     layout: str, model: str, ranks: Callable[[int], RankPool], yardstick: Callable[[Case], parity.Yardstick]
 ) -> None:
