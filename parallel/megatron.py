@@ -317,7 +317,7 @@ def wrap(
     # hidden size has room for the state makes every schedule carry it.
     wide = copy.copy(tconfig)
     wide.hidden_size += state_packing.lanes(state_width, tconfig.params_dtype) if state_width else 0
-    o, p = config.optim, config.parallel
+    p = config.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=p.overlap_grad_reduce,
@@ -325,19 +325,7 @@ def wrap(
         check_for_nan_in_grad=False,
     )
     ddps = [DistributedDataParallel(wide, ddp_config, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
-    options = OptimizerConfig(
-        optimizer="adam",
-        lr=o.lr,
-        min_lr=o.min_lr,
-        weight_decay=o.weight_decay,
-        adam_beta1=o.beta1,
-        adam_beta2=o.beta2,
-        adam_eps=o.eps,
-        clip_grad=o.clip_grad,
-        bf16=tconfig.bf16,
-        params_dtype=tconfig.params_dtype,
-        use_distributed_optimizer=p.distributed_optimizer,
-    )
+    options = optimizer_config(config, tconfig)
     optimizer = get_megatron_optimizer(
         options, ddps, config_overrides=get_standard_config_overrides(options), use_gloo_process_groups=False
     )
@@ -352,6 +340,24 @@ def wrap(
         if isinstance(part, DistributedOptimizer):
             _spread_buckets(part)
     return dense
+
+
+def optimizer_config(config: Config, tconfig: TransformerConfig) -> OptimizerConfig:
+    """AdamW of a run in megatron-core's words."""
+    o = config.optim
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.min_lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.eps,
+        clip_grad=o.clip_grad,
+        bf16=tconfig.bf16,
+        params_dtype=tconfig.params_dtype,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
 
 
 def _lockstep(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -201,27 +201,14 @@ def _forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
 def _wrap(
     config: Config, tconfig: TransformerConfig, chunks: list[GPTModel], fp32_grads: bool
 ) -> tuple[list[DistributedDataParallel], Any]:
-    o, sharded = config.optim, config.parallel.distributed_optimizer
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=fp32_grads,
         overlap_grad_reduce=True,
-        use_distributed_optimizer=sharded,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
     )
     ddps = [DistributedDataParallel(tconfig, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
-    options = OptimizerConfig(
-        optimizer="adam",
-        lr=o.lr,
-        min_lr=o.min_lr,
-        weight_decay=o.weight_decay,
-        adam_beta1=o.beta1,
-        adam_beta2=o.beta2,
-        adam_eps=o.eps,
-        clip_grad=o.clip_grad,
-        bf16=tconfig.bf16,
-        params_dtype=tconfig.params_dtype,
-        use_distributed_optimizer=sharded,
-    )
+    options = megatron.optimizer_config(config, tconfig)
     overrides = get_standard_config_overrides(options)
     optimizer = get_megatron_optimizer(options, ddps, config_overrides=overrides, use_gloo_process_groups=False)
     no_sync = [d.no_sync for d in ddps]
