@@ -51,10 +51,12 @@ would), 2 for a bad configuration.
 _BENCH = f"""\
 Time our training step, and with --baseline megatron-core's own MoE of the same shape beside it, in one run on the
 same batches. Starts its ranks as `moue train` does. Exit code 1 if a part failed. Here --output names the result's
-file; benchmarks/README.md explains it.
+file; benchmarks/README.md explains it. `moue bench rank` measures one rank of a larger layout alone on one GPU:
+memory and compute are real, transfers take as long as the bytes need at --gbps, waiting for other ranks is left out.
 
   moue bench step configs/plain_7b.yaml --baseline --train.global-batch-size 32 --train.micro-batch-size 4
   moue bench step configs/tiny.yaml --baseline --output benchmarks/results/tiny.json --append
+  moue bench rank configs/moue_7b.yaml --world 64 --rank 9
 
 {_OVERRIDES}"""
 
@@ -108,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--picture", metavar="FILE", help="draw windows, stages and copies into a .png or .svg file")
 
     bench = command("bench", _bench, "time the training step", _BENCH)
-    bench.add_argument("what", choices=["step"], help="what to time")
+    bench.add_argument("what", choices=["step", "rank"], help="the step of all ranks, or one rank of many, alone")
     bench.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/tiny.yaml")
     bench.add_argument("--nproc", type=_positive, metavar="N", help="ranks to start on this machine")
     _bench_options(bench)
@@ -132,6 +134,10 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     add("--append", action="store_true", help="add to the runs of that file")
     add("--join", action="store_true", help="add what is measured to that file's last run")
     add("--note", metavar="TEXT", help="kept with the numbers")
+    add("--world", type=_positive, default=1, metavar="N", help="rank: ranks of the layout that it belongs to")
+    add("--rank", type=_count, default=0, metavar="R", help="rank: which one of them is measured (default: 0)")
+    add("--gbps", type=float, default=278.0, metavar="GB", help="rank: GB/s out of a GPU (default: 278, NVLink of H200)")
+    add("--latency-us", type=float, default=70.0, metavar="US", help="rank: least time of a transfer (default: 70)")
 
 
 def _positive(text: str) -> int:
@@ -194,6 +200,12 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
     options = BenchOptions(**{field.name: getattr(args, field.name) for field in fields(BenchOptions)})
     from moue_dist.launchers.env import read_env
 
+    if args.what == "rank":
+        if read_env().source != "single":
+            raise ConfigError("moue bench rank is one process: start it without torchrun, srun or mpirun")
+        from moue_dist.bench.rank import run as run_rank
+
+        return run_rank(config, options)
     if len(options.parts) > 1 and read_env().source == "single":
         return _bench_apart(args, config, options, overrides)
     words = ["bench", args.what, args.config, *options.as_words(), *overrides]

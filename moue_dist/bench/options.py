@@ -19,6 +19,11 @@ class BenchOptions:
     append: bool = False
     join: bool = False  # add the part to the file's last run instead of starting another
     note: str | None = None
+    # bench rank: who is played, and the link to the others
+    world: int = 1
+    rank: int = 0
+    gbps: float = 278.0  # gigabytes a second out of a GPU
+    latency_us: float = 70.0
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -96,7 +96,8 @@ def _plain(value: Any) -> Any:
 def show(run: Mapping[str, Any], console: Console) -> None:
     """The run as a table, a row for each part; what its columns are stands below it."""
     parts = run["parts"]
-    title = f"{run['config']['name']}: {run['world']} x {run['machine'].get('gpu', 'CPU rank')}"
+    alone = f"rank {run['rank']} of {run['world']}, alone on" if "rank" in run else f"{run['world']} x"
+    title = f"{run['config']['name']}: {alone} {run['machine'].get('gpu', 'CPU rank')}"
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("run")
     for name in ("ms/step", "tokens/s", "TFLOP/s", "MFU", "GiB", "plan", "load", "loss"):

@@ -29,6 +29,7 @@ from moue_dist.devices import Device
 from moue_dist.memory import GIB
 from moue_dist.parallel import cpu_host
 from moue_dist.parallel.mesh import build_mesh
+from moue_dist.parallel.rehearsal import BACKEND
 from moue_dist.plan import build_plan
 from moue_dist.provenance import commit, machine, versions
 from moue_dist.resolve import Resolved
@@ -48,6 +49,11 @@ class Setting:
     options: BenchOptions
     batches: list[list[dict[str, torch.Tensor]]]
     world: Any  # a group of all ranks
+
+    @property
+    def rehearsed(self) -> bool:
+        """One rank is played alone; the others are echoes of it (bench/rank.py)."""
+        return dist.get_backend(self.world) == BACKEND
 
     @property
     def device_name(self) -> str:
@@ -75,9 +81,9 @@ def run(config: Config, place: Place, options: BenchOptions) -> int:
         answers = dist.new_group(backend="gloo", timeout=timedelta(seconds=STRAGGLER_SECONDS))
         batches = _read_batches(config, place, total, world)
         setting = Setting(config, place, resolved, device, options, batches, world)
-        record = earlier.pop() if options.join and earlier else _describe(setting)
+        record = earlier.pop() if options.join and earlier else describe(setting)
         for name in options.parts:
-            record["parts"][name] = _guarded(name, setting, answers)
+            record["parts"][name] = guarded(name, setting, answers)
             record["ratio"] = result.ratio(record["parts"])
             if path and leader:
                 result.write(path, [*earlier, record])
@@ -107,7 +113,7 @@ def _read_batches(config: Config, place: Place, steps: int, world: Any) -> list[
     return read
 
 
-def _describe(setting: Setting) -> dict[str, Any]:
+def describe(setting: Setting) -> dict[str, Any]:
     options = asdict(setting.options)
     return {
         "command": shlex.join(["moue", *sys.argv[1:]]),
@@ -125,8 +131,11 @@ def _describe(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _guarded(name: str, setting: Setting, answers: Any) -> dict[str, Any]:
-    """A part's entry, or {"error": ...} if it failed on any rank; whatever it held is given back."""
+def guarded(name: str, setting: Setting, answers: Any) -> dict[str, Any]:
+    """A part's entry, or {"error": ...} if it failed on any rank; whatever it held is given back.
+
+    `answers` is a group in which the ranks tell each other how it ended; None where there is but one.
+    """
     measure = {"ours": measure_ours, "baseline": measure_baseline}[name]
     entry, error = {}, None
     try:
@@ -137,6 +146,8 @@ def _guarded(name: str, setting: Setting, answers: Any) -> dict[str, Any]:
         error = _one_line(raised)
         print(f"moue: bench: {name} failed on rank {setting.place.rank}: {error}", file=sys.stderr, flush=True)
     _give_back((setting.world, answers))
+    if answers is None:
+        return {"error": error, "failed_ranks": [setting.place.rank]} if error else entry
     errors: list[str | None] = [None] * setting.place.world_size
     try:
         dist.all_gather_object(errors, error, group=answers)
@@ -173,11 +184,16 @@ def measure_ours(setting: Setting) -> dict[str, Any]:
 
     config, place = setting.config, setting.place
     system = build_system(config, place.rank, place.world_size, setting.resolved)
+    if setting.rehearsed:
+        from moue_dist.bench.rank import answer_for_others
+
+        answer_for_others(system)
     results: list[StepResult] = []
     timing = _time(lambda i: results.append(train_step(system, setting.batches[i], i)), setting)
     load = load_summary(results[-1].counts_lp, system.context.topology)
     device = setting.device or Device("CPU", (0, 0), 0.0)
-    planned = build_plan(config, place.world_size, device).worst.total_bytes / GIB
+    plan = build_plan(config, place.world_size, device)
+    planned = (plan.stages[system.coord.pp] if setting.rehearsed else plan.worst).total_bytes / GIB
     more: dict[str, Any] = {
         "planned_gib": planned,
         "losses": [r.loss for r in results],

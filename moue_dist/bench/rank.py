@@ -1,0 +1,124 @@
+"""`moue bench rank`: one rank of a larger layout, measured alone on the one device here (parallel/rehearsal.py).
+
+It answers, without the other GPUs: does this rank fit, how long is it busy in a step, and how does that change with the
+layout? Memory and compute are measured, transfers are modelled, waiting for other ranks is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moue_dist.bench import result
+from moue_dist.bench.options import BenchOptions
+from moue_dist.build import System
+from moue_dist.config import Config, ConfigError
+from moue_dist.parallel import cpu_host
+from moue_dist.parallel.lockstep import ExpertService
+from moue_dist.parallel.mesh import build_mesh
+from moue_dist.parallel.rehearsal import Link, rehearse
+from moue_dist.train import Place, resolve
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """The place that is played: rank `rank` of `world_size`, on this process's first device."""
+
+    rank: int
+    world_size: int
+    local_rank: int = 0
+
+
+def run(config: Config, options: BenchOptions) -> int:
+    """Measure in this process; exit code 0 if it was. Raises ConfigError for what the user can mend."""
+    from pathlib import Path
+
+    from moue_dist.bench.run import Setting, describe, guarded
+
+    place = Rehearsed(options.rank, options.world)
+    if place.rank >= place.world_size:
+        raise ConfigError(f"--rank {place.rank} is none of --world {place.world_size}; ranks count from 0")
+    total = options.warmup + options.steps
+    config = replace(config, train=replace(config.train, steps=max(config.train.steps, total)))
+    resolved, device = resolve(config, place)
+    cpu_host.install()
+    path = Path(options.output) if options.output else None
+    earlier = result.earlier_runs(path, options.append) if path else []
+    link = Link(options.gbps * 1e9, options.latency_us * 1e-6)
+    with rehearse(place.rank, place.world_size, link):
+        batches = _random_batches(config, place, total)
+        setting = Setting(config, place, resolved, device, options, batches, torch.distributed.group.WORLD)
+        record = describe(setting) | {"rank": place.rank, "link": asdict(link)}
+        for name in options.parts:
+            record["parts"][name] = guarded(name, setting, None)
+            record["ratio"] = result.ratio(record["parts"])
+            if path:
+                result.write(path, [*earlier, record])
+        from rich.console import Console
+
+        result.show(record, Console(highlight=False))
+        if path:
+            print(f"written: {path}", flush=True)
+    return int(any("error" in part for part in record["parts"].values()))
+
+
+def _random_batches(config: Config, place: Place, steps: int) -> list[list[dict[str, Tensor]]]:
+    """Random tokens: what neighbours send is random, too, so text would teach nothing."""
+    b, s, device = config.train.micro_batch_size, config.model.sequence_length, cpu_host.device()
+    mesh = build_mesh(place.world_size, config.parallel)
+    generator = torch.Generator().manual_seed(config.train.seed)
+
+    def batch() -> dict[str, Tensor]:
+        tokens = torch.randint(config.model.vocab_size, (b, s + 1), generator=generator).to(device)
+        position = torch.arange(s, device=device).expand(b, s)
+        return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "position_ids": position}
+
+    return [[batch() for _ in range(config.train.global_batch_size // (b * mesh.data))] for _ in range(steps)]
+
+
+def answer_for_others(system: System) -> None:
+    """Where experts live at home, let the cells of all stages ask this one for what balanced routing asks on average.
+
+    An echo of this rank's own counts would not do: the stages see other windows, and idle ones send nothing.
+    """
+    service = system.context.service
+    if service is not None:
+        group = service.groups["forward"]
+        group.answer = _expected_counts(system, service)
+
+
+def _expected_counts(system: System, service: ExpertService) -> Callable[[Tensor], None]:
+    config, p, topology = system.config, service.placement, system.context.topology
+    tokens = config.model.sequence_length * config.train.micro_batch_size // system.mesh.tensor
+    first = [sum(service.layers[:stage]) for stage in range(p.pipeline)]
+    mine = p.rows(service.stage, service.ep_rank)
+
+    def asked(stage: int, j: int) -> list[int]:
+        """Rows for each expert here, from one source of `stage` in its layer j."""
+        window = set(topology.windows[first[stage] + j])
+        here = [e in window and p.server(e, stage) == service.stage for e in mine]
+        total, shares, given = tokens * config.moe.top_k / len(window), [], 0
+        for i in range(1, sum(here) + 1):  # rounded so that the sum is right
+            shares.append(int(total * i) - given)
+            given = int(total * i)
+        counts = iter(shares)
+        return [next(counts) if yes else 0 for yes in here] + [0] * (service.width - len(mine))
+
+    table = {
+        (stage, j): torch.tensor(asked(stage, j), dtype=torch.int64, device=system.device)
+        for stage in range(p.pipeline)
+        for j in range(service.layers[stage])
+    }
+    nothing = torch.zeros(service.width, dtype=torch.int64, device=system.device)
+
+    def answer(out: Tensor) -> None:
+        j = max(service.layers) - len(service.due) - 1  # the round that was just entered
+        for cell in range(service.cells):
+            stage = cell // p.expert_parallel
+            busy = service.schedule.microbatch("forward", service.slot, stage) is not None
+            out[cell].copy_(table[stage, j] if busy and j < service.layers[stage] else nothing)
+
+    return answer
