@@ -12,7 +12,7 @@ rows. Gradients are added in backward alone, so recomputing the forward (checkpo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from moue_dist.kernels.backend import ExpertBackend, Impl, check_grouped_sizes, default_impl
 from moue_dist.kernels.grouped_gemm import Gemm, LoopGemm, TorchGemm
-from moue_dist.kernels.swiglu import swiglu_backward, swiglu_forward
+from moue_dist.kernels.swiglu import swiglu_backward, swiglu_forward, swiglu_weighted_backward
+from moue_dist.kernels.wgrad import WeightGradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class ExpertSlab:
     hidden: int  # d
     width: int  # f
     spans: tuple[tuple[int, int], ...]  # the layer's visible experts as ranges of rows, in order
+    sums: WeightGradients = field(default_factory=WeightGradients)  # shared by the slabs of a pool
 
     def __post_init__(self) -> None:
         shape = (self.weight.shape[0], 3 * self.width * self.hidden)
@@ -75,6 +77,12 @@ class ExpertSlab:
         return self._out(self.grad)
 
     @cached_property
+    def row_ids(self) -> Tensor:
+        """[count] int64 on the weights' device: the rows of the visible experts, in the order of `spans`."""
+        ids = [row for first, end in self.spans for row in range(first, end)]
+        return torch.tensor(ids, dtype=torch.int64, device=self.weight.device)
+
+    @cached_property
     def te(self) -> Callable[..., Tensor]:
         """Transformer Engine's modules over these weights, built on first use (`experts_te.make_te_experts`)."""
         from moue_dist.kernels.experts_te import make_te_experts
@@ -98,7 +106,7 @@ def expert_mlp(
     counts_host: list[int] | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Run every row through its expert; [R, d] in x's dtype. Weight gradients are added to `slab.grad` in backward.
+    """Run every row through its expert; [R, d] in x's dtype. In backward weight gradients go to `slab.sums`.
 
     x_rd: rows sorted by visible expert, in the order of `slab.spans`. counts_n: int64 on x's device, rows of each
     visible expert; they sum to R, or the result is undefined (checking would wait for the device; with `counts_host`,
@@ -124,7 +132,7 @@ def expert_mlp(
         gemm = LoopGemm.of(slab.spans, counts_n.tolist() if counts_host is None else counts_host)
     # without a tensor that needs a gradient, autograd would drop the node and with it the weight gradients
     anchor = torch.empty(0, device=x_rd.device, requires_grad=True)
-    return _ExpertMLP.apply(x_rd, anchor, slab, gemm, recompute, impl)
+    return _ExpertMLP.apply(x_rd, anchor, counts_n, slab, gemm, recompute, impl)
 
 
 def expert_backward(
@@ -141,7 +149,7 @@ def expert_backward(
     """The backward of `weight[r] * expert(x[r])` without a graph: (dx [R, d], dweight [R] fp32).
 
     For rows that do not meet in backward as they met in forward. `dy` is the gradient of the weighted row; fc1 runs
-    again, fc2 does not, since dweight = <h, dy W_out>. Weight gradients are added to `slab.grad`.
+    again, fc2 does not, since dweight = <h, dy W_out>. Weight gradients go to `slab.sums`.
     """
     if x_rd.shape[0] == 0:
         return x_rd, weight_r
@@ -153,13 +161,11 @@ def expert_backward(
         if backend == "torch"
         else LoopGemm.of(slab.spans, counts_host)
     )
-    x_rd, dy_rd, w_r1 = x_rd.contiguous(), dy_rd.contiguous(), weight_r[:, None]
+    x_rd, dy_rd = x_rd.contiguous(), dy_rd.contiguous()
     z_r2f = gemm.forward(x_rd, slab.w_in)
     dh_rf = gemm.dgrad(dy_rd, slab.w_out)
-    dz_r2f, h_rf = swiglu_backward(z_r2f, (dh_rf * w_r1).to(dh_rf.dtype), impl)
-    dweight_r = (h_rf.float() * dh_rf.float()).sum(-1)
-    gemm.wgrad(dy_rd, (h_rf * w_r1).to(h_rf.dtype), slab.g_out)
-    gemm.wgrad(dz_r2f, x_rd, slab.g_in)
+    dz_r2f, h_rf, dweight_r = swiglu_weighted_backward(z_r2f, dh_rf, weight_r, impl)
+    slab.sums.add(slab, gemm, counts_n, dz_r2f, x_rd, dy_rd, h_rf)
     return gemm.dgrad(dz_r2f, slab.w_in), dweight_r
 
 
@@ -177,9 +183,16 @@ def _te_backward(
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_rd: Tensor, anchor: Tensor, slab: ExpertSlab, gemm: Gemm, recompute: bool, impl: Impl
+        ctx: Any,
+        x_rd: Tensor,
+        anchor: Tensor,
+        counts_n: Tensor,
+        slab: ExpertSlab,
+        gemm: Gemm,
+        recompute: bool,
+        impl: Impl,
     ) -> Tensor:
-        ctx.slab, ctx.gemm, ctx.impl = slab, gemm, impl
+        ctx.counts_n, ctx.slab, ctx.gemm, ctx.impl = counts_n, slab, gemm, impl
         x_rd = x_rd.contiguous()
         if x_rd.shape[0] == 0:
             return x_rd.new_empty(x_rd.shape)
@@ -192,14 +205,13 @@ class _ExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, dy_rd: Tensor) -> tuple[Tensor | None, ...]:
         slab, gemm = ctx.slab, ctx.gemm
         if dy_rd.shape[0] == 0:
-            return (dy_rd, *[None] * 5)
+            return (dy_rd, *[None] * 6)
         dy_rd = dy_rd.contiguous()
         x_rd, z_r2f = ctx.saved_tensors
         if z_r2f is None:
             z_r2f = gemm.forward(x_rd, slab.w_in)
         dh_rf = gemm.dgrad(dy_rd, slab.w_out)
         dz_r2f, h_rf = swiglu_backward(z_r2f, dh_rf, ctx.impl)
-        gemm.wgrad(dy_rd, h_rf, slab.g_out)
-        gemm.wgrad(dz_r2f, x_rd, slab.g_in)
+        slab.sums.add(slab, gemm, ctx.counts_n, dz_r2f, x_rd, dy_rd, h_rf)
         dx_rd = gemm.dgrad(dz_r2f, slab.w_in) if ctx.needs_input_grad[0] else None
-        return (dx_rd, *[None] * 5)
+        return (dx_rd, *[None] * 6)

@@ -6,7 +6,8 @@ rows. Two implementations, chosen once per call of the expert MLP:
 
 - `LoopGemm`, the reference: one matmul per expert with rows; weight gradients accumulate in the buffer's type.
 - `TorchGemm`: PyTorch's grouped GEMM. With one span of experts nothing waits for the device. Its weight gradient
-  comes in the inputs' type (bf16) and one more kernel adds it to the fp32 buffer.
+  comes in the inputs' type (bf16) and is added to the fp32 buffer; where Triton is, `wgrad.py` does both in one
+  kernel instead (`fused`).
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ MOST_GROUPS = 512  # PyTorch's grouped GEMM refuses 1024 groups and more
 
 
 class Gemm(Protocol):
-    """What the expert MLP needs; see this file's head."""
+    """What the expert MLP needs; see this file's head. `fused`: weight gradients are left to `wgrad.py`'s kernel."""
 
+    @property
+    def fused(self) -> bool: ...
     def forward(self, x_ri: Tensor, w_noi: Tensor) -> Tensor: ...
     def dgrad(self, dy_ro: Tensor, w_noi: Tensor) -> Tensor: ...
     def wgrad(self, dy_ro: Tensor, x_ri: Tensor, grad_noi: Tensor) -> None: ...
@@ -36,6 +39,7 @@ class LoopGemm:
     """`segments`: (expert, first row, end row) of the experts that have rows."""
 
     segments: tuple[tuple[int, int, int], ...]
+    fused = False
 
     @staticmethod
     def of(spans: Spans, counts: list[int]) -> LoopGemm:
@@ -72,6 +76,10 @@ class TorchGemm:
     parts: tuple[tuple[tuple[int, int], tuple[int, int], Tensor, Tensor], ...]
     impl: Impl
 
+    @property
+    def fused(self) -> bool:
+        return self.impl == "triton"
+
     @staticmethod
     def of(spans: Spans, counts_n: Tensor, rows: int, counts_host: list[int] | None, impl: Impl) -> TorchGemm:
         """Several spans, or more than MOST_GROUPS experts, need counts on the host to cut the rows: without
@@ -98,7 +106,7 @@ class TorchGemm:
 
     def wgrad(self, dy_ro: Tensor, x_ri: Tensor, grad_noi: Tensor) -> None:
         for (e, f), (a, b), counts, offsets in self.parts:
-            accumulate(grad_noi[e:f], grouped_mm(dy_ro[a:b].t(), x_ri[a:b], offsets), counts, self.impl)
+            accumulate(grad_noi[e:f], grouped_mm(dy_ro[a:b].t(), x_ri[a:b], offsets), counts)
 
 
 def _narrow(spans: Spans) -> Spans:
@@ -106,19 +114,13 @@ def _narrow(spans: Spans) -> Spans:
     return tuple((first, min(first + MOST_GROUPS, end)) for a, end in spans for first in range(a, end, MOST_GROUPS))
 
 
-def accumulate(total_noi: Tensor, part_noi: Tensor, counts_n: Tensor, impl: Impl) -> None:
+def accumulate(total_noi: Tensor, part_noi: Tensor, counts_n: Tensor) -> None:
     """total[n] += part[n] where counts[n] > 0. `part` is rounded lower than `total`, the sum is not.
 
-    Experts without rows are skipped, not added as zeros: it saves their traffic, and PyTorch's grouped GEMM leaves
-    such groups' weight gradients unwritten on some GPUs (pytorch issue 172439).
-    Example: total = [[1], [1]], part = [[2], [nan]], counts = [5, 0] -> [[3], [1]].
+    PyTorch's grouped GEMM leaves the weight gradients of experts without rows unwritten on some GPUs (pytorch issue
+    172439). Example: total = [[1], [1]], part = [[2], [nan]], counts = [5, 0] -> [[3], [1]].
     """
-    if impl == "triton":
-        from moue_dist.kernels import swiglu_triton
-
-        swiglu_triton.accumulate(total_noi, part_noi, counts_n)
-    else:
-        total_noi.add_(part_noi.masked_fill_((counts_n == 0)[:, None, None], 0))
+    total_noi.add_(part_noi.masked_fill_((counts_n == 0)[:, None, None], 0))
 
 
 def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:

@@ -43,6 +43,24 @@ def swiglu_backward(z_r2f: Tensor, dh_rf: Tensor, impl: Impl | None = None) -> t
     return dz.to(z_r2f.dtype), (silu * up).to(z_r2f.dtype)
 
 
+def swiglu_weighted_backward(
+    z_r2f: Tensor, dh_rf: Tensor, weight_r: Tensor, impl: Impl | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a row that is weighted behind the experts: (dz of weight * dh, weight * h, dweight = <h, dh>).
+
+    dweight is [R] fp32 (fp64 for fp64). Example: z = [[20, 2]], dh = [[1]], weight = [0.5] -> dz = [[1, 10]],
+    weight * h = [[20]], dweight = [40].
+    """
+    if (impl or default_impl(z_r2f.device)) == "triton":
+        from moue_dist.kernels import swiglu_triton
+
+        return swiglu_triton.swiglu_weighted_backward(z_r2f, dh_rf, weight_r)
+    wide = torch.float64 if z_r2f.dtype == torch.float64 else torch.float32
+    w_r1, dh = weight_r.to(wide)[:, None], dh_rf.to(wide)
+    dz_r2f, h_rf = swiglu_backward(z_r2f.to(wide), dh * w_r1, "torch")
+    return dz_r2f.to(z_r2f.dtype), (h_rf * w_r1).to(z_r2f.dtype), (h_rf * dh).sum(-1)
+
+
 def swiglu(z_r2f: Tensor, impl: Impl | None = None) -> Tensor:
     """`swiglu_forward` with gradients; keeps z only."""
     return _SwiGLU.apply(z_r2f, impl or default_impl(z_r2f.device))

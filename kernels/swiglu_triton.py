@@ -1,4 +1,4 @@
-"""Triton kernels of `swiglu.py` and of `grouped_gemm.accumulate`. Import this file only where Triton is.
+"""Triton kernels of `swiglu.py`. Import this file only where Triton is.
 
 Elementwise and memory-bound; the references beside them define the contracts. They run in Triton's interpreter
 (TRITON_INTERPRET=1) on CPU tensors.
@@ -37,14 +37,16 @@ def swiglu_backward(z_r2f: Tensor, dh_rf: Tensor) -> tuple[Tensor, Tensor]:
     return dz_r2f, h_rf
 
 
-def accumulate(total_noi: Tensor, part_noi: Tensor, counts_n: Tensor) -> None:
-    """See `grouped_gemm.accumulate`: total[n] += part[n] where counts[n] > 0, without reading the others."""
-    n, size = part_noi.shape[0], part_noi[0].numel() if part_noi.shape[0] else 0
-    if n and size:
-        part_noi = part_noi.contiguous()
-        block = min(triton.next_power_of_2(size), 4096)
-        grid = (triton.cdiv(size, block), n)
-        _accumulate[grid](total_noi, part_noi, counts_n.contiguous(), total_noi.stride(0), size, block)
+def swiglu_weighted_backward(z_r2f: Tensor, dh_rf: Tensor, weight_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `swiglu.swiglu_weighted_backward`."""
+    z_r2f, dh_rf, weight_r = z_r2f.contiguous(), dh_rf.contiguous(), weight_r.contiguous()
+    rows, f = dh_rf.shape
+    dz_r2f, h_rf, dweight_r = z_r2f.new_empty(rows, 2 * f), z_r2f.new_empty(rows, f), weight_r.new_empty(rows)
+    if h_rf.numel():
+        block_r, block_f = tile(f, 1024)
+        grid = (triton.cdiv(rows, block_r),)
+        _swiglu_weighted_backward[grid](z_r2f, dh_rf, weight_r, dz_r2f, h_rf, dweight_r, rows, f, block_r, block_f)
+    return dz_r2f, h_rf, dweight_r
 
 
 @triton.jit
@@ -80,10 +82,26 @@ def _swiglu_backward(
 
 
 @triton.jit
-def _accumulate(total_ptr, part_ptr, counts_ptr, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    n = tl.program_id(1).to(tl.int64)
-    if tl.load(counts_ptr + n) > 0:
-        c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.load(total_ptr + n * stride + c, mask=c < SIZE, other=0.0)
-        part = tl.load(part_ptr + n * SIZE + c, mask=c < SIZE, other=0.0)
-        tl.store(total_ptr + n * stride + c, total + part.to(total.dtype), mask=c < SIZE)
+def _swiglu_weighted_backward(
+    z_ptr, dh_ptr, w_ptr, dz_ptr, h_ptr, dw_ptr, rows, F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    w = tl.load(w_ptr + r, mask=r < rows, other=0.0)[:, None]
+    dw = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    for first in range(0, F, BLOCK_F):
+        c = first + tl.arange(0, BLOCK_F)
+        inside = (r < rows)[:, None] & (c < F)[None, :]
+        narrow = r[:, None] * F + c[None, :]
+        at = r[:, None] * (2 * F) + c[None, :]
+        gate = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(z_ptr + at + F, mask=inside, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + narrow, mask=inside, other=0.0).to(tl.float32)
+        s = tl.sigmoid(gate)
+        silu = gate * s
+        dw += tl.sum(silu * up * dh, axis=1)
+        dh *= w
+        dgate = dh * up * s * (1 + gate * (1 - s))
+        tl.store(dz_ptr + at, dgate.to(dz_ptr.dtype.element_ty), mask=inside)
+        tl.store(dz_ptr + at + F, (dh * silu).to(dz_ptr.dtype.element_ty), mask=inside)
+        tl.store(h_ptr + narrow, (silu * up * w).to(h_ptr.dtype.element_ty), mask=inside)
+    tl.store(dw_ptr + r, dw.to(dw_ptr.dtype.element_ty), mask=r < rows)

@@ -87,6 +87,7 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
         width=config.moe.expert_width,
         dtype=tconfig.params_dtype,
         device=device,
+        merge_wgrad=resolved.merge_wgrad,
     )
     pool.initialise(config.train.seed, *expert_stds(config))
     shared_router = SharedRouter(config.moe, device)

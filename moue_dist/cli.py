@@ -136,7 +136,9 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     add("--note", metavar="TEXT", help="kept with the numbers")
     add("--world", type=_positive, default=1, metavar="N", help="rank: ranks of the layout that it belongs to")
     add("--rank", type=_count, default=0, metavar="R", help="rank: which one of them is measured (default: 0)")
-    add("--gbps", type=float, default=278.0, metavar="GB", help="rank: GB/s out of a GPU (default: 278, NVLink of H200)")
+    add(
+        "--gbps", type=float, default=278.0, metavar="GB", help="rank: GB/s out of a GPU (default: 278, NVLink of H200)"
+    )
     add("--latency-us", type=float, default=70.0, metavar="US", help="rank: least time of a transfer (default: 70)")
 
 

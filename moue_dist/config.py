@@ -61,6 +61,7 @@ class MoEConfig:
     shared_expert_width: int = 0  # an always-on expert beside the routed ones; 0 means none
     force_balance: bool = False  # benchmarks only: random routing
     experts: Literal["auto", "loop", "torch", "te"] = "auto"  # how expert GEMMs are computed
+    merge_wgrad: int = 0  # layers whose expert weight gradients are added in one pass; 1: each alone, 0: picked
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ Kept for backward by one layer and microbatch:
                 2 n 3 d f                FP8 copies of the visible experts' weights, both layouts (FP8 only)
     shared      u d q + t/TP 3 e b       input, pre-activation and activation of the shared expert
     dense FFN   u d (b + q) + t 3 F b/TP likewise
+Waiting: moe.merge_wgrad = m layers' rows, their gradients and activations, R (2d + 3f) b each, until their weight
+gradients are added; those of m - 1 layers beyond what the layers have freed by then.
 With recompute=full a layer keeps its input u d b and state 4 u r, and its own backward has the rest once.
 
 In flight: 1F1B keeps min(M, PP - p) microbatches on stage p; interleaved keeps 2 (PP - p - 1) + (V - 1) PP + 1 chunks;
@@ -89,12 +91,14 @@ def rank_bytes(
     workspace = max((_workspace(config, mesh, layer, share, resolved) for layer in share.layers), default=0)
     if lock_step_lag(config) is not None:
         workspace = max(workspace, _round_workspace(config, mesh, a_round))
+    waiting = _waiting(config, kept, a_round, share, resolved)
     if config.parallel.recompute == "full":
         workspace += max(layers.values(), default=0)
     return {
         **weights,
         "activations": activations,
         "rows kept for other ranks": kept_rows * config.model.hidden_size * _bytes(config),
+        "rows waiting for weight gradients": waiting,
         "logits and loss": max(logits - workspace, 0),  # the two never stand at the same time: the larger counts
         "dispatch and backward buffers": workspace,
         "libraries": LIBRARIES,
@@ -267,6 +271,23 @@ def _workspace(config: Config, mesh: Mesh, layer: int, share: Share, resolved: R
     recomputed = rows * 2 * f * b if config.parallel.recompute == "selective" else 0
     exchanged = rows * d * b if mesh.expert > 1 else 0
     return rows * 4 * f * b + max(rows * d * b, weight_gradient) + recomputed + exchanged
+
+
+def _waiting(config: Config, kept: dict[int, int], a_round: int, share: Share, resolved: Resolved) -> int:
+    """Bytes of rows whose weight gradients wait for those of other layers, at the peak.
+
+    Layers free what they kept as their rows begin to wait. What is left over at the end of a microbatch, where the
+    layers do not divide, waits beside all that the next one keeps.
+    """
+    e, d, b = config.moe, config.model.hidden_size, _bytes(config)
+    layers = [layer for layer in share.layers if layer >= config.model.dense_layers]
+    more = resolved.merge_wgrad - 1
+    if not more or not layers:
+        return 0
+    rows = a_round or _tokens(config) // config.parallel.tensor_parallel * e.top_k
+    each = rows * (2 * d + 3 * e.expert_width) * b
+    freed = 0 if len(layers) % resolved.merge_wgrad else kept[layers[-1]] + (rows * d * b if a_round else 0)
+    return more * max(each - freed, 0)
 
 
 def _round_workspace(config: Config, mesh: Mesh, met: int) -> int:

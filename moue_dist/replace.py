@@ -86,7 +86,15 @@ def replace_pool(system: System, placement: Placement, step: int) -> tuple[Syste
     replacement.release([old.buffer.weight, old.buffer.grad, *gone])
 
     pool = ExpertPool(
-        placement, mesh, rank, groups, hidden=old.hidden, width=old.width, dtype=dtype, device=system.device
+        placement,
+        mesh,
+        rank,
+        groups,
+        hidden=old.hidden,
+        width=old.width,
+        dtype=dtype,
+        device=system.device,
+        merge_wgrad=old.sums.layers,
     )
     shared = shared_optimizer(system.config, [pool.buffer, *shared.buffers[1:]])
     for i, kept in enumerate(states[1:], start=1):

@@ -40,12 +40,14 @@ def train_step(system: System, microbatches: Sequence[Batch], step: int, timelin
     """One optimizer step (0-based `step`) over this rank's microbatches of the global batch."""
     context, dense, shared = system.context, system.dense, system.shared
     context.begin_step(len(microbatches))
+    context.pool.sums.drop()  # what a step that broke off may have left
     context.dispatcher.timeline = timeline
     dense.zero_grad()
     shared.zero_grad()
 
     losses = _run(system, microbatches, forward_only=False, timeline=timeline)  # reduces dense gradients at its end
     with timeline.span("optimizer"):
+        context.pool.sums.flush()
         shared.reduce()
         norm = _grad_norm(system)
         if not math.isfinite(norm):

@@ -22,7 +22,7 @@ _LEAST: dict[str, tuple[float, bool]] = {
     **{f"model.{k}": (0, True) for k in ("rope_base", "norm_eps")},
     "model.vocab_size": (256, False),
     **{f"moe.{k}": (1, False) for k in ("pool", "top_k", "expert_width", "group", "state_width")},
-    **{f"moe.{k}": (0, False) for k in ("window", "stride", "state_decay", "shared_expert_width")},
+    **{f"moe.{k}": (0, False) for k in ("window", "stride", "state_decay", "shared_expert_width", "merge_wgrad")},
     "moe.route_scale": (0, True),
     **{f"balance.{k}": (0, False) for k in ("uelb", "pool", "layer", "bias", "z_loss")},
     **{

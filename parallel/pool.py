@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from moue_dist.kernels.experts import ExpertSlab
+from moue_dist.kernels.wgrad import WeightGradients
 from moue_dist.parallel.groups import Groups
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.placement import Placement, common_pieces, spans
@@ -31,10 +32,13 @@ class ExpertPool:
         width: int,
         dtype: torch.dtype,
         device: torch.device,
+        merge_wgrad: int = 1,
     ) -> None:
+        """`merge_wgrad`: layers whose weight gradients are added in one pass (`kernels/wgrad.py`)."""
         me = mesh.coords(rank)
         self.placement, self.hidden, self.width, self.ep_rank = placement, hidden, width, me.ep
         self.ids = placement.rows(me.pp, me.ep)
+        self.sums = WeightGradients(merge_wgrad)
         self.buffer = SyncedBuffer(
             "pool",
             self.ids,
@@ -50,7 +54,9 @@ class ExpertPool:
     def slab(self, visible: Sequence[int]) -> ExpertSlab:
         """The view a layer computes with: those of its `visible` experts (ascending) that live in this cell."""
         mine = [e for e in visible if self.placement.columns[e] == self.ep_rank]
-        return ExpertSlab(self.buffer.weight, self.buffer.grad, self.hidden, self.width, spans(self.ids, mine))
+        return ExpertSlab(
+            self.buffer.weight, self.buffer.grad, self.hidden, self.width, spans(self.ids, mine), self.sums
+        )
 
     @torch.no_grad()
     def initialise(self, seed: int, std_in: float, std_out: float) -> None:

@@ -18,7 +18,8 @@ from moue_dist.config import ConfigError
 from moue_dist.kernels.backend import has_transformer_engine, resolve_experts
 from moue_dist.kernels.experts import ExpertSlab, expert_mlp
 from moue_dist.kernels.grouped_gemm import LoopGemm, accumulate
-from moue_dist.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
+from moue_dist.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward, swiglu_weighted_backward
+from moue_dist.kernels.wgrad import WeightGradients, add_weight_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,12 +35,12 @@ LAYOUTS = [
 ]
 
 
-def make(spans, dtype=torch.float32, hidden=24, width=16, seed=0) -> ExpertSlab:
+def make(spans, dtype=torch.float32, hidden=24, width=16, seed=0, merged=1) -> ExpertSlab:
     torch.manual_seed(seed)
     weight = (torch.randn(6, 3 * width * hidden) / hidden**0.5).to(dtype)
     grad_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     grad = torch.randn(6, 3 * width * hidden, dtype=grad_dtype)  # what was there before must stay
-    return ExpertSlab(weight, grad, hidden, width, spans)
+    return ExpertSlab(weight, grad, hidden, width, spans, WeightGradients(merged))
 
 
 def reference(x: torch.Tensor, slab: ExpertSlab, counts: list[int], dy: torch.Tensor):
@@ -162,9 +163,73 @@ def test_swiglu():
     assert swiglu_forward(torch.empty(0, 8)).shape == (0, 4)
 
 
+def test_weighted_swiglu_backward():
+    """What autograd gives for weight * swiglu(z)."""
+    z = torch.randn(7, 10, dtype=torch.float64, requires_grad=True)
+    weight, dh = torch.randn(7, dtype=torch.float64, requires_grad=True), torch.randn(7, 5, dtype=torch.float64)
+    h = swiglu(z)
+    (weight[:, None] * h).backward(dh)
+    dz, weighted, dweight = swiglu_weighted_backward(z.detach(), dh, weight.detach())
+    torch.testing.assert_close((dz, weighted, dweight), (z.grad, (weight[:, None] * h).detach(), weight.grad))
+    example = swiglu_weighted_backward(torch.tensor([[20.0, 2.0]]), torch.ones(1, 1), torch.tensor([0.5]))
+    torch.testing.assert_close(example, (torch.tensor([[1.0, 10.0]]), torch.tensor([[20.0]]), torch.tensor([40.0])))
+
+
+def segments(seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Three layers' rows over five experts: unaligned numbers, an expert that nobody uses, one that one layer uses."""
+    torch.manual_seed(seed)
+    counts = torch.tensor([[3, 0, 21, 1, 0], [0, 0, 2, 7, 0], [40, 0, 1, 0, 5]])
+    rows = counts.sum(1).tolist()
+    return [torch.randn(r, 24) for r in rows], [torch.randn(r, 40) for r in rows], counts, counts.cumsum(1) - counts
+
+
+def test_weight_gradients_of_several_layers():
+    dys, xs, counts, starts = segments()
+    total = torch.randn(5, 24, 40)
+    expected = total.clone()
+    for dy, x, count in zip(dys, xs, counts.tolist(), strict=True):
+        for n, (a, b) in enumerate(zip(dy.split(count), x.split(count), strict=True)):
+            expected[n] += a.T @ b
+    before = total[1].clone()
+    add_weight_gradients(total, dys, xs, counts, starts, "torch")
+    torch.testing.assert_close(total, expected)
+    assert torch.equal(total[1], before)
+    example = torch.tensor([[[0.0]], [[1.0]]])
+    column = torch.tensor([[1.0], [1.0], [2.0]])
+    given = [torch.tensor([[1.0], [2.0], [3.0]])], [column], torch.tensor([[2, 1]]), torch.tensor([[0, 2]])
+    add_weight_gradients(example, *given, "torch")
+    assert example.flatten().tolist() == [3, 7]
+
+
+@pytest.mark.parametrize("backend", ["loop", "torch"])
+def test_weight_gradients_wait_for_each_other(backend):
+    """Two of three backward passes are added together, the third by `flush`; the sum is that of adding each at once."""
+    sums = []
+    for merged in (1, 2):
+        slab = make(((4, 6), (0, 2)), merged=merged)
+        before = slab.grad.clone()
+        for seed in range(3):
+            torch.manual_seed(seed)
+            x = torch.randn(12, slab.hidden).requires_grad_()
+            expert_mlp(x, torch.tensor([5, 0, 4, 3]), slab, backend=backend).square().sum().backward()
+            if merged == 2:
+                assert torch.equal(slab.grad, before) == (seed == 0)
+        if merged == 2:
+            waiting = slab.grad.clone()
+            slab.sums.flush()
+            assert not torch.equal(slab.grad, waiting)
+        sums.append(slab.grad)
+    torch.testing.assert_close(*sums)
+    before = slab.grad.clone()
+    expert_mlp(x, torch.tensor([5, 0, 4, 3]), slab, backend=backend).sum().backward()
+    slab.sums.drop()
+    slab.sums.flush()
+    assert torch.equal(slab.grad, before)
+
+
 def test_accumulate_skips_experts_without_rows():
     total, part = torch.ones(2, 1, 1), torch.tensor([2.0, torch.nan]).view(2, 1, 1)
-    accumulate(total, part, torch.tensor([5, 0]), "torch")
+    accumulate(total, part, torch.tensor([5, 0]))
     assert total.flatten().tolist() == [3, 1]
 
 
@@ -200,10 +265,26 @@ def test_triton_kernels_in_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["8", "96", "2100", "experts", "done"]
+    assert done.stdout.split() == ["8", "96", "2100", "gradients", "experts", "done"]
+
+
+class LenientInt(type):
+    """`int` for Triton 3.6's interpreter: of an array with one number, too, where a loop ends at a loaded number.
+
+    NumPy 2.4 no longer allows that.
+    """
+
+    def __call__(cls, x):
+        return x.item() if hasattr(x, "item") else int(x)
+
+    def __instancecheck__(cls, x):
+        return isinstance(x, int)
 
 
 def interpret() -> None:
+    from triton.runtime import interpreter
+
+    interpreter.int = LenientInt("int", (), {})
     # 8 smaller than a tile's row; 96 no power of two; 2100 more than one tile wide
     for f, rows in ((8, 300), (96, 13), (2100, 2)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -213,15 +294,31 @@ def interpret() -> None:
             near = {"rtol": 2**-7, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
             torch.testing.assert_close(swiglu_forward(z, "triton"), swiglu_forward(z, "torch"), **near)
             torch.testing.assert_close(swiglu_backward(z, dh, "triton"), swiglu_backward(z, dh, "torch"), **near)
+            weight = torch.rand(rows)
+            got, expected = (swiglu_weighted_backward(z, dh, weight, impl) for impl in ("triton", "torch"))
+            torch.testing.assert_close(got, expected, **(near | {"atol": 1e-5 * f}))
         print(f)
-    results = []
+    totals = []
     for impl in ("torch", "triton"):
-        slab = make(((4, 6), (0, 2)))
+        dys, xs, counts, starts = segments()
+        pool = torch.ones(5, 2000)[:, 7 : 7 + 960]  # a part of a row, as w_in and w_out are
+        add_weight_gradients(pool.view(5, 24, 40), dys, xs, counts, starts, impl)
+        totals.append(pool)
+    torch.testing.assert_close(*totals)
+    print("gradients")
+    results = []
+    for impl, merged in (("torch", 1), ("triton", 1), ("triton", 3)):
+        slab = make(((4, 6), (0, 2)), merged=merged)
+        torch.manual_seed(0)
         x = torch.randn(12, slab.hidden).requires_grad_()
+        other = ExpertSlab(slab.weight, slab.grad, slab.hidden, slab.width, ((0, 6),), slab.sums)
         y = expert_mlp(x, torch.tensor([5, 0, 4, 3]), slab, backend="torch", impl=impl)
+        y = expert_mlp(y, torch.tensor([2, 2, 0, 7, 1, 0]), other, backend="torch", impl=impl)
         y.square().sum().backward()
+        slab.sums.flush()
         results.append((y.detach(), x.grad, slab.grad))
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
     assert swiglu_forward(torch.empty(0, 8), "triton").shape == (0, 4)
     print("experts")
 

@@ -10,9 +10,9 @@ import torch
 
 from moue_dist.kernels.backend import has_transformer_engine, has_triton
 from moue_dist.kernels.experts import ExpertSlab, expert_mlp
-from moue_dist.kernels.grouped_gemm import accumulate
 from moue_dist.kernels.permute import combine, gather_dot, gather_rows, gather_sum, permute
-from moue_dist.kernels.swiglu import swiglu_backward, swiglu_forward
+from moue_dist.kernels.swiglu import swiglu_backward, swiglu_forward, swiglu_weighted_backward
+from moue_dist.kernels.wgrad import WeightGradients, add_weight_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 needs_te = pytest.mark.skipif(not has_transformer_engine(), reason="Transformer Engine is not installed")
@@ -142,13 +142,37 @@ def test_swiglu(rows, f, dtype):
 
 
 @needs_triton
-def test_accumulate_skips_experts_without_rows():
-    total, part = torch.randn(3, 40, 24, device="cuda"), torch.randn(3, 40, 24, device="cuda").bfloat16()
-    part[1] = torch.nan
-    counts = torch.tensor([4, 0, 1], device="cuda")
-    exact = total + part.float().masked_fill((counts == 0)[:, None, None], 0)
-    accumulate(total, part, counts, "triton")
-    assert torch.equal(total, exact)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# 256 x 128 whole tiles; 200 x 72 parts of tiles; 333 x 96 unaligned
+@pytest.mark.parametrize(("o", "i"), [(256, 128), (200, 72), (333, 96)])
+def test_weight_gradients_of_several_layers(o, i, dtype):
+    counts = torch.tensor([[3, 0, 210, 1, 64], [0, 0, 20, 7, 0], [400, 0, 1, 0, 129]], device="cuda")
+    starts, rows = counts.cumsum(1) - counts, counts.sum(1).tolist()
+    dys, xs = ([torch.randn(r, width, device="cuda").to(dtype) for r in rows] for width in (o, i))
+    pool = torch.randn(5, 3 * o * i, device="cuda")
+    total = pool[:, o * i : 2 * o * i].view(5, o, i)  # a part of a row, as w_in and w_out are
+    before, exact = pool.clone(), total.double()
+    for dy, x, count in zip(dys, xs, counts.tolist(), strict=True):
+        for n, (a, b) in enumerate(zip(dy.split(count), x.split(count), strict=True)):
+            exact[n] += a.double().T @ b.double()
+    poison(1000, o)
+    with no_waiting():
+        add_weight_gradients(total, dys, xs, counts, starts, "triton")
+    assert relative(total, exact) < LIMIT[torch.float32]
+    assert torch.equal(pool[1], before[1]) and torch.equal(pool[:, : o * i], before[:, : o * i])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("f", "rows"), [(8, 300), (96, 13), (1024, 70), (2100, 2)])
+def test_weighted_swiglu_backward(f, rows, dtype):
+    torch.manual_seed(0)
+    z, dh = (3 * torch.randn(rows, 2 * f, device="cuda")).to(dtype), torch.randn(rows, f, device="cuda").to(dtype)
+    weight = torch.rand(rows, device="cuda")
+    poison(rows, 2 * f)
+    got = swiglu_weighted_backward(z, dh, weight, "triton")
+    exact = swiglu_weighted_backward(z.double(), dh.double(), weight.double(), "torch")
+    assert all(relative(a, b) < LIMIT[dtype] for a, b in zip(got, exact, strict=True))
 
 
 # (spans of visible experts among 8 held, rows of each): one span; a wrapped window; experts without rows; a span
@@ -165,10 +189,10 @@ LAYOUTS = [
 D, F = 256, 128  # multiples of 128: legal for every FP8 recipe
 
 
-def make(spans: tuple[tuple[int, int], ...]) -> ExpertSlab:
+def make(spans: tuple[tuple[int, int], ...], merged: int = 1) -> ExpertSlab:
     torch.manual_seed(1)
     weight = (torch.randn(8, 3 * F * D, device="cuda") / D**0.5).bfloat16()
-    return ExpertSlab(weight, torch.randn(8, 3 * F * D, device="cuda"), D, F, spans)
+    return ExpertSlab(weight, torch.randn(8, 3 * F * D, device="cuda"), D, F, spans, WeightGradients(merged))
 
 
 def reference(
@@ -264,6 +288,20 @@ def test_grouped_gemm_over_one_span_does_not_wait_for_the_device(recompute):
     for context in (nullcontext(), no_waiting()):  # compile first: loading a kernel waits for the device
         with context:
             expert_mlp(x, counts_n, slab, backend="torch", recompute=recompute).sum().backward()
+
+
+@needs_triton
+def test_merged_weight_gradients_are_those_of_each_layer_alone():
+    layers, sums = [(((1, 5),), [130, 57, 0, 300]), (((5, 8), (0, 2)), [20, 70, 128, 40, 33])], []
+    for merged in (1, 2):
+        slab = make(((0, 8),), merged)
+        for spans, counts in layers:
+            torch.manual_seed(sum(counts))
+            part = ExpertSlab(slab.weight, slab.grad, D, F, spans, slab.sums)
+            x = torch.randn(sum(counts), D, device="cuda").bfloat16().requires_grad_()
+            expert_mlp(x, torch.tensor(counts, device="cuda"), part, backend="torch").square().sum().backward()
+        sums.append(slab.grad)
+    assert relative(sums[1], sums[0]) < LIMIT[torch.float32]
 
 
 @needs_te

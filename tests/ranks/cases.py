@@ -82,7 +82,8 @@ MODELS["softmax on full"]["moe"]["pool"] = 15  # two replicas cannot share it ev
 @dataclass(frozen=True)
 class Case:
     """`layout` is words: pp2 ep2 dp2 tp2 v2 (virtual stages), full or selective (recompute), overlap, mb2 (sequences
-    a microbatch), plain (no distributed optimizer), 1-3 (layers of each stage)."""
+    a microbatch), merge2 (layers' weight gradients at a time), plain (no distributed optimizer), 1-3 (layers of each
+    stage)."""
 
     layout: str
     model: str
@@ -101,7 +102,7 @@ class Case:
         return replace(
             BASE,
             model=replace(BASE.model, **parts.get("model", {})),
-            moe=replace(BASE.moe, **parts.get("moe", {})),
+            moe=replace(BASE.moe, **parts.get("moe", {}), merge_wgrad=self.degree("merge")),
             balance=BalanceConfig(**parts.get("balance", {})),
             parallel=ParallelConfig(
                 pipeline_parallel=self.degree("pp"),
