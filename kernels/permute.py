@@ -78,6 +78,14 @@ def gather_dot(rows_rd: Tensor, index_tk: Tensor, dy_td: Tensor, impl: Impl | No
     return dw_tk
 
 
+def histogram(ids: Tensor, bins: int) -> Tensor:
+    """How often each of 0..bins-1 stands in the flat `ids` (int64); [bins] int64, without waiting for the device.
+
+    torch.bincount looks for the largest id first, and waits for it. Example: ids = [2, 0, 2], bins = 4 -> [1, 0, 2, 0].
+    """
+    return ids.new_zeros(bins).scatter_add_(0, ids, torch.ones_like(ids))
+
+
 def permute(x_td: Tensor, source_r: Tensor, position_tk: Tensor, impl: Impl | None = None) -> Tensor:
     """Copy each token to its experts' rows: rows[r] = x[source[r]], [R, d]. Differentiable in x.
 

@@ -131,7 +131,6 @@ def gpus_on_node(environ: Mapping[str, str] | None = None) -> int:
 def set_defaults(ranks: int) -> None:
     """Sets, unless they are set, what `ranks` processes on this machine need before they start."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core orders its overlaps by one queue
 
 
 def export(place: ProcessEnv) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moue_dist.kernels.permute import combine as weighted_gather_sum
-from moue_dist.kernels.permute import permute
+from moue_dist.kernels.permute import histogram, permute
 from moue_dist.parallel.timeline import OFF, Timeline
 
 
@@ -83,7 +83,7 @@ class AllToAllDispatcher:
         position = torch.empty_like(slot_r)
         position[slot_r] = torch.arange(slot_r.numel(), device=slot_r.device)
         position_tk = position.view(tokens, k)
-        counts_ow = torch.bincount(slot, minlength=table.owners * table.width).view(table.owners, table.width)
+        counts_ow = histogram(slot, table.owners * table.width).view(table.owners, table.width)
         rows = permute(x_td, source_r, position_tk)
         if self.owners == 1:
             counts = counts_ow[0]

@@ -16,8 +16,10 @@ Legend: C = PP * EP cells, a cell's rows of the pool padded to n; R rows of a so
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,11 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moue_dist.kernels.experts import ExpertSlab, expert_backward, expert_mlp
-from moue_dist.kernels.permute import gather_rows, gather_sum
+from moue_dist.kernels.permute import gather_rows, gather_sum, histogram
 from moue_dist.parallel.dispatch import RouteTable
 from moue_dist.parallel.groups import Way
 from moue_dist.parallel.placement import Placement
 from moue_dist.parallel.timeline import OFF, Timeline
+from moue_dist.parallel.turns import Turn, Turns, side_by_side
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,9 @@ class ExpertService:
 
     `layers` are the MoE layers of each stage; `slab` is the cell's whole part of the pool. Forward and backward have a
     communicator each. One collective order on all ranks follows from `due`, which is asserted.
+
+    A slot's two directions may run side by side (`begin_together`), each in a thread and on a stream of its own; what
+    they share here is by direction, or a dictionary whose entries belong to one microbatch.
     """
 
     placement: Placement
@@ -126,7 +132,6 @@ class ExpertService:
     backend: str
     recompute: bool
     device: torch.device
-    traffic: Traffic = field(default_factory=Traffic)
     timeline: Timeline = OFF
 
     def __post_init__(self) -> None:
@@ -137,7 +142,10 @@ class ExpertService:
         self.width = max(self.held)
         self.schedule = Schedule(p.pipeline, 1)
         self.slot = 0
-        self.due: list[tuple[Way, int]] = []
+        self.due: dict[Way, list[int]] = {"forward": [], "backward": []}
+        self._sent_bytes: dict[Way, Traffic] = {"forward": Traffic(), "backward": Traffic()}
+        self._turns: Turns | None = None
+        self._forward_thread: int | None = None  # where the two directions run side by side
         self._sent: dict[tuple[int, int], _Sent] = {}
         self._kept: dict[tuple[int, int, int], _Kept] = {}
         self.rows_kept_peak = 0
@@ -155,6 +163,14 @@ class ExpertService:
             slot[e] = c * self.width + rows[c][e]
         return RouteTable(slot.to(self.device), self.cells, self.width, self.held[self.cell])
 
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent."""
+        there, back = self._sent_bytes["forward"], self._sent_bytes["backward"]
+        return Traffic(
+            there.same_cell + back.same_cell, there.same_stage + back.same_stage, there.other_stage + back.other_stage
+        )
+
     # ---------------------------------------------------------------- the clock
 
     def begin_step(self, schedule: Schedule) -> None:
@@ -162,19 +178,28 @@ class ExpertService:
         self.schedule = schedule
         self._sent.clear()
         self._kept.clear()
-        self.due.clear()
+        self.due = {"forward": [], "backward": []}
+        self._turns = self._forward_thread = None
         self.rows_kept_peak = 0
 
     def begin(self, way: Way, slot: int) -> None:
         """Open a sub-slot: list the rounds that are due in it, the same on every rank."""
         rounds = range(max(self.layers))
         self.slot = slot
-        self.due = [(way, j) for j in (rounds if way == "forward" else reversed(rounds))]
+        self.due[way] = list(rounds if way == "forward" else reversed(rounds))
 
-    def serve(self, down_to: int = 0) -> None:
+    def begin_together(self) -> Turns:
+        """Both sub-slots of the coming slot run side by side: forward in this thread, backward in another."""
+        self._turns, self._forward_thread = Turns(side_by_side(max(self.layers))), threading.get_ident()
+        return self._turns
+
+    def end_together(self) -> None:
+        self._turns = self._forward_thread = None
+
+    def serve(self, way: Way, down_to: int = 0) -> None:
         """Run rounds without rows of one's own: all that are due, in backward those of layers >= `down_to`."""
-        while self.due and (self.due[0][0] == "forward" or self.due[0][1] >= down_to):
-            way, j = self.due[0]
+        while self.due[way] and (way == "forward" or self.due[way][0] >= down_to):
+            j = self.due[way][0]
             nothing = self.slab.weight.new_empty(0, self.slab.hidden)
             with self.timeline.span("serve"):
                 if way == "forward":
@@ -184,20 +209,23 @@ class ExpertService:
                     no_weight = torch.empty(0, dtype=torch.float32, device=self.device)
                     self._backward_round(j, nothing, no_weight, nothing, [0] * self.cells)
 
-    def finish(self) -> None:
+    def finish(self, way: Way) -> None:
         """Close a sub-slot."""
-        if self.due:
-            raise LockstepError(f"slot {self.slot}, stage {self.stage}: rounds {self.due} were left out")
+        if self.due[way]:
+            raise LockstepError(f"slot {self.slot}, stage {self.stage}: {way} rounds {self.due[way]} were left out")
 
     def end_step(self) -> None:
         if self._kept or self._sent:
             raise LockstepError(f"{len(self._kept)} kept and {len(self._sent)} sent rounds never had their backward")
 
     def _enter(self, way: Way, j: int) -> None:
-        if self.due[:1] != [(way, j)]:
-            due = f"{self.due[0][0]} of layer {self.due[0][1]}" if self.due else "nothing"
+        if self.due[way][:1] != [j]:
+            due = " and ".join(f"{w} of layer {rounds[0]}" for w, rounds in self.due.items() if rounds) or "nothing"
             raise LockstepError(f"slot {self.slot}, stage {self.stage}: {way} of layer {j} entered, but {due} is due")
-        self.due.pop(0)
+        self.due[way].pop(0)
+
+    def _turn(self, turn: Turn) -> AbstractContextManager[None]:
+        return nullcontext() if self._turns is None else self._turns.take(turn)
 
     def _at(self, way: Way, stage: int, j: int) -> int | None:
         """The microbatch that `stage` is at in this sub-slot's round j, or None."""
@@ -212,7 +240,7 @@ class ExpertService:
 
     def _replaying(self, j: int) -> int | None:
         """The microbatch whose layer j is being run again for its backward, or None in a first run."""
-        if not self.recompute or self.due[:1] != [("backward", j)]:
+        if not self.recompute or self.due["backward"][:1] != [j] or self._forward_thread == threading.get_ident():
             return None
         return self.schedule.microbatch("backward", self.slot, self.stage)
 
@@ -226,12 +254,18 @@ class ExpertService:
         """Rows sorted by slot -> experts' outputs in the same order, and the send sizes."""
         self._enter("forward", j)
         theirs_cn = torch.empty_like(counts_cn)
-        group = self.groups["forward"]
-        with self.timeline.span("transfer"):
-            dist.all_to_all_single(theirs_cn, counts_cn, group=group)
-            send_cn, got_cn = torch.stack([counts_cn, theirs_cn]).cpu()  # the one wait for the device in a round
-        self._count([self.width * counts_cn.element_size()] * self.cells)
+        with self._turn(("forward", j, "counts")), self.timeline.span("transfer"):
+            dist.all_to_all_single(theirs_cn, counts_cn, group=self.groups["forward"])
+        self._count("forward", [self.width * counts_cn.element_size()] * self.cells)
+        send_cn, got_cn = _on_host(torch.stack([counts_cn, theirs_cn]))  # the one wait for the device in a round
         send, receive = send_cn.sum(1).tolist(), got_cn.sum(1).tolist()
+        with self._turn(("forward", j, "rows")):
+            return self._serve_forward(j, rows_rd, theirs_cn, got_cn, send, receive), send
+
+    def _serve_forward(
+        self, j: int, rows_rd: Tensor, theirs_cn: Tensor, got_cn: Tensor, send: list[int], receive: list[int]
+    ) -> Tensor:
+        """A forward round from when the sizes are known: rows in, outputs back."""
         received = self._all_to_all(rows_rd, send, receive, "forward")
         self._keep(j, received, got_cn, receive)
         order = _expert_order(theirs_cn, sum(receive))
@@ -245,7 +279,7 @@ class ExpertService:
                 backend=self.backend,  # type: ignore[arg-type]
                 counts_host=counts,
             )
-        return self._all_to_all(gather_rows(out, _inverse(order)), receive, send, "forward"), send
+        return self._all_to_all(gather_rows(out, _inverse(order)), receive, send, "forward")
 
     def _keep(self, j: int, received: Tensor, got_cn: Tensor, receive: list[int]) -> None:
         if self.schedule.forward_only:
@@ -273,6 +307,13 @@ class ExpertService:
         No sizes are exchanged: sources remember theirs, owners find them by the schedule.
         """
         self._enter("backward", j)
+        with self._turn(("backward", j, "rows")):
+            return self._serve_backward(j, dy_rd, weight_r, rows_rd, send)
+
+    def _serve_backward(
+        self, j: int, dy_rd: Tensor, weight_r: Tensor, rows_rd: Tensor, send: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """A backward round: gradients in, their gradients back."""
         counts, kept = [], []
         for cell in range(self.cells):
             m = self._at("backward", cell // self.placement.expert_parallel, j)
@@ -308,11 +349,21 @@ class ExpertService:
         with self.timeline.span("transfer"):
             dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.groups[way])
         size = math.prod(rows.shape[1:]) * rows.element_size()
-        self._count([n * size for n in send])
+        self._count(way, [n * size for n in send])
         return out
 
-    def _count(self, send_bytes: list[int]) -> None:
-        self.traffic.add(send_bytes, self.stage, self.cell, self.placement.expert_parallel)
+    def _count(self, way: Way, send_bytes: list[int]) -> None:
+        self._sent_bytes[way].add(send_bytes, self.stage, self.cell, self.placement.expert_parallel)
+
+
+def _on_host(numbers: Tensor) -> Tensor:
+    """A copy on the host. Waits for the current stream alone: another one may have work issued meanwhile."""
+    if numbers.device.type != "cuda":
+        return numbers
+    there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    there.copy_(numbers, non_blocking=True)
+    torch.cuda.current_stream().record_event().synchronize()
+    return there
 
 
 def _expert_order(counts_cn: Tensor, rows: int) -> Tensor:
@@ -353,7 +404,7 @@ class _Exchange(torch.autograd.Function):
             ctx.send = service._sent.pop((m, j)).send
             ctx.save_for_backward(x_td, weight_tk, position_tk, source_r, slot_r)
             return torch.zeros_like(x_td)
-        counts_cn = torch.bincount(slot, minlength=table.owners * table.width).view(table.owners, table.width)
+        counts_cn = histogram(slot, table.owners * table.width).view(table.owners, table.width)
         rows, ctx.send = service._forward_round(j, gather_rows(x_td, source_r), counts_cn)
         if service.recompute and not service.schedule.forward_only:
             at = service.schedule.microbatch("forward", service.slot, service.stage)

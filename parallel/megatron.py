@@ -7,6 +7,7 @@ the traps named in comments were all seen (section numbers of megatron-core file
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import queue
 from collections.abc import Sequence
@@ -120,6 +121,7 @@ def transformer_config(config: Config, mesh: Mesh, *, fp8_recipe: str | None, fu
         pipeline_model_parallel_size=mesh.pipeline,
         virtual_pipeline_model_parallel_size=mesh.virtual if mesh.virtual > 1 else None,
         batch_p2p_comm=cpu_host.has_cuda(),  # gloo has no batched sends
+        batch_p2p_sync=False,  # a wait of the host for the device after every exchange, for PyTorch before 1.13
         **options,
     )
 
@@ -369,6 +371,10 @@ def _lockstep(
     wide: TransformerConfig,
 ) -> LockstepPipeline:
     """The schedule of experts at home; `wide` is the configuration whose hidden size has room for the state."""
+    # Two threads must not share the tensor-parallel group: it would take their calls in the order they come.
+    side_by_side = config.parallel.lag % 2 == 1 and mesh.tensor == 1
+    if side_by_side and tconfig.apply_rope_fusion:
+        _workspace_for_each_stream()
     return LockstepPipeline(
         model=model,
         service=service,
@@ -380,7 +386,29 @@ def _lockstep(
         dtype=tconfig.params_dtype,
         device=cpu_host.device(),
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        side_by_side=side_by_side,
     )
+
+
+def _workspace_for_each_stream() -> None:
+    """Transformer Engine gives cuBLAS one workspace a device: products on two streams would write into one.
+
+    (pytorch/cpp_extensions/gemm.py of 2.11; the first call decides, so this comes before it.)
+    """
+    from transformer_engine.pytorch.cpp_extensions import gemm
+
+    make = getattr(gemm.get_cublas_workspace, "__wrapped__", None)
+    if make is None:  # replaced already
+        return
+
+    @functools.cache
+    def kept(device: int, ub: bool, grouped: bool, stream: int) -> Any:
+        return make(device, ub, grouped)
+
+    def workspace(device: int, ub: bool, grouped_gemm: bool) -> Any:
+        return kept(device, ub, grouped_gemm, torch.cuda.current_stream(device).cuda_stream)
+
+    gemm.get_cublas_workspace = workspace
 
 
 def checkpoint_metadata() -> dict[str, Any]:

@@ -115,7 +115,7 @@ def _expected_counts(system: System, service: ExpertService) -> Callable[[Tensor
     nothing = torch.zeros(service.width, dtype=torch.int64, device=system.device)
 
     def answer(out: Tensor) -> None:
-        j = max(service.layers) - len(service.due) - 1  # the round that was just entered
+        j = max(service.layers) - len(service.due["forward"]) - 1  # the round that was just entered
         for cell in range(service.cells):
             stage = cell // p.expert_parallel
             busy = service.schedule.microbatch("forward", service.slot, stage) is not None

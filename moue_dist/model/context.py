@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moue_dist.config import Config
+from moue_dist.kernels.permute import histogram
 from moue_dist.model.balance import BalanceState, balance_weights
 from moue_dist.model.router import Routing, SharedRouter
 from moue_dist.model.topology import Topology
@@ -101,7 +102,7 @@ class MoEContext:
             loss = loss + z_coefficient / self.topology.layers * z
         with torch.no_grad():
             ids = routing.ids_tk.flatten()
-            self.tallies.counts_lp[layer] += torch.bincount(ids, minlength=self.topology.pool)
+            self.tallies.counts_lp[layer] += histogram(ids, self.topology.pool)
             self.tallies.scores_lp[layer].index_add_(0, window, mean_score_w.double())
             self.tallies.z_l[layer] += z.double()
         weights: Tensor = _AttachLoss.apply(routing.weights_tk, loss, self.loss_scale)

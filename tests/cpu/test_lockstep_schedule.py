@@ -272,12 +272,10 @@ def test_a_round_more_or_less_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lockstep, "dist", Wire())
     service = opened("forward")
     service._forward_round(0, torch.empty(0, D), torch.zeros(2, 1, dtype=torch.int64))
-    with pytest.raises(
-        LockstepError, match=r"slot 1, stage 0: rounds \[\('forward', 1\), \('forward', 2\)\] were left"
-    ):
-        service.finish()
-    service.serve()
-    service.finish()
+    with pytest.raises(LockstepError, match=r"slot 1, stage 0: forward rounds \[1, 2\] were left"):
+        service.finish("forward")
+    service.serve("forward")
+    service.finish("forward")
     with pytest.raises(LockstepError, match="forward of layer 3 entered, but nothing is due"):
         service._forward_round(3, torch.empty(0, D), torch.zeros(2, 1, dtype=torch.int64))
 
@@ -291,7 +289,7 @@ def test_rows_from_a_stage_that_is_idle_are_refused() -> None:
 def test_a_microbatch_without_its_backward_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lockstep, "dist", Wire())
     service = opened("forward")
-    service.serve()
+    service.serve("forward")
     with pytest.raises(LockstepError, match="never had their backward"):
         service.end_step()
     service.begin_step(Schedule(2, 1))  # a step that broke off is forgotten
