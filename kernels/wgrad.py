@@ -67,6 +67,11 @@ class _Waiting:
     def rows(self) -> tuple[Tensor, ...]:
         return self.dz_r2f, self.x_rd, self.dy_rd, self.h_rf
 
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until `stream` is through: it may belong to the stream of another slot's backward."""
+        for tensor in (self.counts_n, *self.rows):
+            tensor.record_stream(stream)
+
 
 class WeightGradients:
     """Collects `layers` layers' rows before it adds; 1 adds at once. All slabs are views of one pool.
@@ -98,9 +103,8 @@ class WeightGradients:
                 w.gemm.wgrad(w.dy_rd, w.h_rf, w.slab.g_out)
                 w.gemm.wgrad(w.dz_r2f, w.x_rd, w.slab.g_in)
         if waiting[0].x_rd.is_cuda:
-            stream = torch.cuda.current_stream()
-            for tensor in (t for w in waiting for t in w.rows):
-                tensor.record_stream(stream)  # they may come from another stream's backward
+            for w in waiting:
+                w.used_on(torch.cuda.current_stream())
 
     def drop(self) -> None:
         """Forget what waits: a step broke off."""

@@ -58,7 +58,9 @@ def initialise(mesh: Mesh, seed: int, timeout_minutes: float) -> None:
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,
     )
-    model_parallel_cuda_manual_seed(seed)
+    # The usual tracker switches a global random state to and fro, which two threads cannot do at once. Nothing needs
+    # it: there is no dropout, and weights are drawn by name (moue_dist/model/init.py). This one does nothing.
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
 
 
 def shut_down(keep: Sequence[Any] = ()) -> None:
