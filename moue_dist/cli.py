@@ -56,7 +56,8 @@ memory and compute are real, transfers take as long as the bytes need at --gbps,
 
   moue bench step configs/plain_7b.yaml --baseline --train.global-batch-size 32 --train.micro-batch-size 4
   moue bench step configs/tiny.yaml --baseline --output benchmarks/results/tiny.json --append
-  moue bench rank configs/moue_7b.yaml --world 64 --rank 9
+  moue bench step configs/moue_7b.yaml --placements replicate,home,hybrid --train.global-batch-size 64
+  moue bench rank configs/moue_7b.yaml --world 64 --rank 9 --placements replicate,home
 
 {_OVERRIDES}"""
 
@@ -134,6 +135,8 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     add("--append", action="store_true", help="add to the runs of that file")
     add("--join", action="store_true", help="add what is measured to that file's last run")
     add("--note", metavar="TEXT", help="kept with the numbers")
+    add("--placements", metavar="LIST", help="our step under several placements, such as replicate,home,hybrid")
+    add("--part", help=argparse.SUPPRESS)
     add("--world", type=_positive, default=1, metavar="N", help="rank: ranks of the layout that it belongs to")
     add("--rank", type=_count, default=0, metavar="R", help="rank: which one of them is measured (default: 0)")
     add(
@@ -220,14 +223,15 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _bench_apart(args: argparse.Namespace, config: Config, options: BenchOptions, overrides: list[str]) -> int:
-    """Both parts of a benchmark, each in processes of its own: what one leaves on the device burdens no other."""
+    """The parts of a benchmark, each in processes of its own: what one leaves on the device burdens no other."""
     import tempfile
     from dataclasses import replace
 
     with tempfile.TemporaryDirectory() as folder:
-        options = replace(options, baseline=False, output=options.output or os.path.join(folder, "result.json"))
+        options = replace(options, output=options.output or os.path.join(folder, "result.json"))
         codes = []
-        for part in (replace(options, baseline_only=True), replace(options, join=True)):
+        for i, name in enumerate(options.parts):
+            part = replace(options, part=name, append=options.append and not i, join=options.join or i > 0)
             words = ["bench", args.what, args.config, *part.as_words(), *overrides]
             codes.append(_start_ranks(config, args.nproc, words, always=True) or 0)
         return max(codes)

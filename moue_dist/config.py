@@ -87,12 +87,17 @@ class ParallelConfig:
     placement: Literal["replicate", "home", "hybrid"] = "replicate"  # where an expert lives that several stages reach
     pool_budget_gib: float = 0.0  # hybrid: bytes a GPU for its part of the pool (weights, gradients, optimizer state)
     replace_interval: int = 0  # home, hybrid: steps between re-placements by measured use; 0 means never
-    lag: int = 0  # home, hybrid: slots by which backward trails; 1: a slot's two directions never wait for each other
+    lag: int = -1  # home, hybrid: slots by which backward trails; 1: a slot's two directions overlap; -1 picks
     pool_optimizer: Literal["device", "host"] = "device"  # where its Adam state lives; host: DeepSpeed's CPU Adam
     host_state: Literal["fp32", "bf16"] = "fp32"  # type of the moments in host memory
     overlap_grad_reduce: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     distributed_optimizer: bool = True
+
+    @property
+    def slots_behind(self) -> int:
+        """`lag`, or what it picks: 1 in lock step, so that two directions overlap, unless with tensor parallelism."""
+        return self.lag if self.lag >= 0 else int(self.placement != "replicate" and self.tensor_parallel == 1)
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ def _owned(config: Config, mesh: Mesh, placement: Placement, share: Share) -> in
 
 
 def lock_step_lag(config: Config) -> int | None:
-    """parallel.lag where stages run in lock step, None where they run 1F1B."""
-    return config.parallel.lag if config.parallel.placement != "replicate" else None
+    """Slots by which backward trails where stages run in lock step, None where they run 1F1B."""
+    return config.parallel.slots_behind if config.parallel.placement != "replicate" else None
 
 
 def chunks_in_flight(mesh: Mesh, stage: int, microbatches: int, lag: int | None = None) -> tuple[int, ...]:
@@ -260,14 +260,15 @@ def _workspace(config: Config, mesh: Mesh, layer: int, share: Share, resolved: R
     """Bytes that live only during one layer's backward.
 
     MoE: the gradients of outputs (in the place of the freed outputs), activations, pre-activations and inputs of the
-    rows, and one weight gradient in model type before it is added to the fp32 buffer (moe.experts=torch).
+    rows; on a CPU with moe.experts=torch also one weight gradient in model type before it is added to the fp32 buffer.
     """
     e, b, u = config.moe, _bytes(config), _tokens(config) // mesh.tensor
     d = config.model.hidden_size
     if layer < config.model.dense_layers:
         return u * (3 * dense_ffn_width(config) + d) * b
     rows, f = u * e.top_k, e.expert_width
-    weight_gradient = 2 * f * d * b * (_visible(config, mesh) if resolved.experts == "torch" else 1)
+    grouped = resolved.experts == "torch" and resolved.device == "cpu"
+    weight_gradient = 2 * f * d * b * (_visible(config, mesh) if grouped else 1)
     recomputed = rows * 2 * f * b if config.parallel.recompute == "selective" else 0
     exchanged = rows * d * b if mesh.expert > 1 else 0
     return rows * 4 * f * b + max(rows * d * b, weight_gradient) + recomputed + exchanged

@@ -85,7 +85,7 @@ def with_placement(config: Config, placement: Kind, budget_gib: float = 0.0) -> 
     """The configuration with another placement and without the options that only some placements have."""
     parallel = dataclasses.replace(config.parallel, placement=placement, pool_budget_gib=budget_gib)
     if placement == "replicate":
-        parallel = dataclasses.replace(parallel, lag=0, replace_interval=0)
+        parallel = dataclasses.replace(parallel, lag=-1, replace_interval=0)
     return dataclasses.replace(config, parallel=parallel)
 
 

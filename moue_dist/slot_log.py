@@ -63,7 +63,7 @@ class SlotLog:
             "virtual": mesh.virtual,
             "microbatches": self._microbatches,
             "schedule": "lock-step 1F1B" if lockstep else "interleaved 1F1B" if mesh.virtual > 1 else "1F1B",
-            "lag": parallel.lag if lockstep else 0,
+            "lag": parallel.slots_behind,
             "ranks": ranks,
         }
 

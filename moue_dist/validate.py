@@ -29,7 +29,8 @@ _LEAST: dict[str, tuple[float, bool]] = {
         f"parallel.{k}": (1, False)
         for k in ("pipeline_parallel", "virtual_stages", "expert_parallel", "tensor_parallel")
     },
-    **{f"parallel.{k}": (0, False) for k in ("pool_budget_gib", "replace_interval", "lag")},
+    **{f"parallel.{k}": (0, False) for k in ("pool_budget_gib", "replace_interval")},
+    "parallel.lag": (-1, False),
     **{f"optim.{k}": (0, False) for k in ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip_grad")},
     **{f"optim.{k}": (0, False) for k in ("beta1", "beta2", "power")},
     **{f"optim.{k}": (0, True) for k in ("lr", "eps")},
@@ -212,7 +213,7 @@ def check_placement(config: Config) -> None:
     )
     if p.placement == "replicate":
         for name, value in (("replace_interval", p.replace_interval), ("lag", p.lag)):
-            refuse(value > 0, f"parallel.{name}={value} is only for parallel.placement=home or hybrid; set 0")
+            refuse(value > 0, f"parallel.{name}={value} is only for parallel.placement=home or hybrid; leave it out")
         return
     refuse(
         p.placement == "hybrid" and p.pool_budget_gib == 0,

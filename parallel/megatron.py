@@ -374,7 +374,7 @@ def _lockstep(
 ) -> LockstepPipeline:
     """The schedule of experts at home; `wide` is the configuration whose hidden size has room for the state."""
     # Two threads must not share the tensor-parallel group: it would take their calls in the order they come.
-    side_by_side = config.parallel.lag % 2 == 1 and mesh.tensor == 1
+    side_by_side = config.parallel.slots_behind % 2 == 1 and mesh.tensor == 1
     if side_by_side and tconfig.apply_rope_fusion:
         _workspace_for_each_stream()
     return LockstepPipeline(
@@ -382,7 +382,7 @@ def _lockstep(
         service=service,
         stage=service.stage,
         stages=mesh.pipeline,
-        lag=config.parallel.lag,
+        lag=config.parallel.slots_behind,
         group=parallel_state.get_pipeline_model_parallel_group(),
         shape=(config.model.sequence_length // mesh.tensor, config.train.micro_batch_size, wide.hidden_size),
         dtype=tconfig.params_dtype,

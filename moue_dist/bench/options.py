@@ -19,6 +19,8 @@ class BenchOptions:
     append: bool = False
     join: bool = False  # add the part to the file's last run instead of starting another
     note: str | None = None
+    placements: str | None = None  # such as "replicate,home": our step under each, in place of the baseline
+    part: str | None = None  # measure this part alone, of those that the other options ask for
     # bench rank: who is played, and the link to the others
     world: int = 1
     rank: int = 0
@@ -27,6 +29,11 @@ class BenchOptions:
 
     @property
     def parts(self) -> tuple[str, ...]:
+        """What is measured, in order: `ours`, `baseline`, or placements by name."""
+        if self.part:
+            return (self.part,)
+        if self.placements:
+            return tuple(name.strip() for name in self.placements.split(","))
         if self.baseline_only:
             return ("baseline",)
         return ("baseline", "ours") if self.baseline else ("ours",)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moue_dist.bench import result
 from moue_dist.bench.options import BenchOptions
+from moue_dist.bench.placements import variant
 from moue_dist.build import System
 from moue_dist.config import Config, ConfigError
 from moue_dist.parallel import cpu_host
@@ -43,7 +44,7 @@ def run(config: Config, options: BenchOptions) -> int:
         raise ConfigError(f"--rank {place.rank} is none of --world {place.world_size}; ranks count from 0")
     total = options.warmup + options.steps
     config = replace(config, train=replace(config.train, steps=max(config.train.steps, total)))
-    resolved, device = resolve(config, place)
+    resolved, device = resolve(variant(config, options.parts[0], place.world_size), place)
     cpu_host.install()
     path = Path(options.output) if options.output else None
     earlier = result.earlier_runs(path, options.append) if path else []

@@ -24,6 +24,7 @@ from moue_dist.flops import flops_per_token
 from moue_dist.metrics import StepMeter
 
 PARTS = ("ours", "baseline")
+PLACEMENTS = ("replicate", "home", "hybrid")
 
 
 def numbers(config: Config, world: int, device_name: str, step_ms: list[float], **more: Any) -> dict[str, Any]:
@@ -102,10 +103,10 @@ def show(run: Mapping[str, Any], console: Console) -> None:
     table.add_column("run")
     for name in ("ms/step", "tokens/s", "TFLOP/s", "MFU", "GiB", "plan", "load", "loss"):
         table.add_column(name, justify="right")
-    for name in sorted(parts, key=PARTS.index):
+    for name in sorted(parts, key=(*PARTS, *PLACEMENTS).index):
         part = parts[name]
         if "error" in part:
-            table.add_row(name, "failed", *[""] * 7)
+            table.add_row(name, "failed")
             continue
         table.add_row(
             name,
@@ -120,8 +121,35 @@ def show(run: Mapping[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print("per GPU; GiB: allocated on the fullest rank, and planned; load: max/mean, worst layer")
+    if any(name in parts for name in PLACEMENTS):
+        _show_pool({name: parts[name] for name in PLACEMENTS if "step_ms" in parts.get(name, {})}, console)
     if run["ratio"] is not None:
         console.print(f"ours / baseline: [bold]{run['ratio']:.3f}[/bold] in tokens/s/GPU")
+
+
+def _show_pool(parts: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """The placements side by side: the pool's bytes, what crosses stages, the bubble, time against the first."""
+    table = Table(header_style="bold")
+    table.add_column("placement")
+    for name in ("pool GiB", "across GiB", "expected", "copies GiB", "bubble", "ideal", "ms / first"):
+        table.add_column(name, justify="right")
+    for name, part in parts.items():
+        sent, expected = part["sent_gib"] or {"across": None}, part["sent_gib_expected"]
+        table.add_row(
+            name,
+            f"{part['pool_gib']:.2f}",
+            _number(sent["across"], ".3f"),
+            f"{expected['across']:.3f}",
+            f"{part['copies_gib_expected']['across']:.3f}",
+            _number(part["bubble"], ".1%"),
+            f"{part['bubble_ideal']:.1%}",
+            f"{part['step_ms'] / next(iter(parts.values()))['step_ms']:.3f}",
+        )
+    console.print(table)
+    console.print(
+        "a step, mean of a rank; pool: weights, gradients, optimizer state; across: rows sent to other stages, counted "
+        "and expected under balance; copies: their gradients and weights, expected"
+    )
 
 
 def _number(value: float | None, form: str) -> str:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from moue_dist.bench import result
 from moue_dist.bench.options import BenchOptions
+from moue_dist.bench.placements import pool_facts, variant
 from moue_dist.config import Config, ConfigError
 from moue_dist.devices import Device
 from moue_dist.memory import GIB
@@ -60,6 +61,14 @@ class Setting:
         return self.device.name if self.device else "CPU"
 
 
+def of_part(setting: Setting, name: str) -> Setting:
+    """The setting of a part: under its placement, where the part is named after one. Raises ConfigError."""
+    config = variant(setting.config, name, setting.place.world_size)
+    if config is setting.config:
+        return setting
+    return replace(setting, config=config, resolved=resolve(config, setting.place)[0])
+
+
 def run(config: Config, place: Place, options: BenchOptions) -> int:
     """Measure in this process, one of `place.world_size`; exit code 0 if every part was measured.
 
@@ -67,7 +76,7 @@ def run(config: Config, place: Place, options: BenchOptions) -> int:
     """
     total = options.warmup + options.steps
     config = replace(config, train=replace(config.train, steps=max(config.train.steps, total)))
-    resolved, device = resolve(config, place)
+    resolved, device = resolve(variant(config, options.parts[0], place.world_size), place)
     cpu_host.install()
     if "baseline" in options.parts:
         from moue_dist.bench.baseline import plain_form
@@ -136,10 +145,9 @@ def guarded(name: str, setting: Setting, answers: Any) -> dict[str, Any]:
 
     `answers` is a group in which the ranks tell each other how it ended; None where there is but one.
     """
-    measure = {"ours": measure_ours, "baseline": measure_baseline}[name]
     entry, error = {}, None
     try:
-        entry = measure(setting)
+        entry = measure_baseline(setting) if name == "baseline" else measure_ours(of_part(setting, name))
     except ConfigError:
         raise
     except Exception as raised:  # out of memory, a kernel that is not built, a defect: the other part still runs
@@ -194,11 +202,19 @@ def measure_ours(setting: Setting) -> dict[str, Any]:
     device = setting.device or Device("CPU", (0, 0), 0.0)
     plan = build_plan(config, place.world_size, device)
     planned = (plan.stages[system.coord.pp] if setting.rehearsed else plan.worst).total_bytes / GIB
+    last = len(setting.batches) - 1
+    pool = pool_facts(
+        system,
+        lambda timeline: train_step(system, setting.batches[last], last, timeline),
+        setting.world,
+        alone=setting.rehearsed,
+    )
     more: dict[str, Any] = {
         "planned_gib": planned,
         "losses": [r.loss for r in results],
         "load": load,
         "gradients": "fp32",
+        **pool,
     }
     return result.numbers(config, place.world_size, setting.device_name, **timing, **more)
 

@@ -86,6 +86,42 @@ def test_a_part_that_fails_leaves_the_others_numbers(outcome: tuple[Path, list[A
     assert "baseline failed on rank 0" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_placements_stand_side_by_side(tmp_path: Path) -> None:
+    path = tmp_path / "placed.json"
+    words = ("--steps", "1", "--warmup", "1", "--output", str(path), "--placements", "replicate,home")
+    words += ("--moe.force-balance", "true", "--balance.uelb", "0")
+    done = bench(tmp_path, *words, "--parallel.pipeline-parallel", "2", "--parallel.expert-parallel", "1")
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads(path.read_text())["runs"]
+    copies, home = run["parts"]["replicate"], run["parts"]["home"]
+    assert (copies["lag"], home["lag"], copies["sent_gib"]) == (0, 1, None)
+    assert copies["pool_gib"] > home["pool_gib"]
+    assert 0 < home["sent_gib"]["across"] == pytest.approx(home["sent_gib_expected"]["across"], rel=0.3)
+    assert 0 < home["bubble"] < 1 and home["bubble_ideal"] == pytest.approx(1 / 5)
+    assert "ms / first" in done.stdout
+
+
+def test_one_rank_of_many_is_measured_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rank.json"
+    (tmp_path / "small.yaml").write_text(CONFIG.format(folder=tmp_path))
+    layout = ["--parallel.pipeline-parallel", "4", "--parallel.expert-parallel", "2", "--model.layers", "4"]
+    words = ["--world", "8", "--rank", "5", "--steps", "1", "--warmup", "1", "--placements", "replicate,home"]
+    command = [sys.executable, "-m", "moue_dist", "bench", "rank", str(tmp_path / "small.yaml"), *words, *layout]
+    done = subprocess.run([*command, "--output", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads(path.read_text())["runs"]
+    assert (run["rank"], run["world"], run["link"]["latency"]) == (5, 8, pytest.approx(70e-6))
+    home = run["parts"]["home"]
+    # What this rank sends is about what one of eight sends: its own rows, and those of others on their way back.
+    assert home["sent_gib"]["across"] == pytest.approx(home["sent_gib_expected"]["across"], rel=0.5)
+    assert home["bubble"] is None and home["step_ms"] > 0
+    assert "rank 5 of 8, alone" in done.stdout
+    assert main(["bench", "rank", str(tmp_path / "small.yaml"), "--world", "8", "--rank", "8"]) == 2
+    assert "--rank 8" in capsys.readouterr().err
+    assert main(["bench", "rank", str(tmp_path / "small.yaml"), "--world", "2", "--placements", "hom"]) == 2
+    assert "'hom' is none of" in capsys.readouterr().err
+
+
 def test_the_rates_are_those_of_the_median_step() -> None:
     config = Config(train=TrainConfig(global_batch_size=4, precision="bf16"))
     got = result.numbers(config, 2, "NVIDIA H200", [10.0, 90.0, 20.0], losses=[1.0])
