@@ -208,9 +208,10 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.what == "rank":
         if read_env().source != "single":
             raise ConfigError("moue bench rank is one process: start it without torchrun, srun or mpirun")
-        from moue_dist.bench.rank import run as run_rank
+        if len(options.parts) == 1:
+            from moue_dist.bench.rank import run as run_rank
 
-        return run_rank(config, options)
+            return run_rank(config, options)
     if len(options.parts) > 1 and read_env().source == "single":
         return _bench_apart(args, config, options, overrides)
     words = ["bench", args.what, args.config, *options.as_words(), *overrides]
@@ -224,8 +225,14 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _bench_apart(args: argparse.Namespace, config: Config, options: BenchOptions, overrides: list[str]) -> int:
     """The parts of a benchmark, each in processes of its own: what one leaves on the device burdens no other."""
+    import subprocess
     import tempfile
     from dataclasses import replace
+
+    def start(words: list[str]) -> int:
+        if args.what == "rank":
+            return subprocess.run([sys.executable, "-m", "moue_dist", *words]).returncode
+        return _start_ranks(config, args.nproc, words, always=True) or 0
 
     with tempfile.TemporaryDirectory() as folder:
         options = replace(options, output=options.output or os.path.join(folder, "result.json"))
@@ -233,7 +240,9 @@ def _bench_apart(args: argparse.Namespace, config: Config, options: BenchOptions
         for i, name in enumerate(options.parts):
             part = replace(options, part=name, append=options.append and not i, join=options.join or i > 0)
             words = ["bench", args.what, args.config, *part.as_words(), *overrides]
-            codes.append(_start_ranks(config, args.nproc, words, always=True) or 0)
+            codes.append(start(words))
+            if codes[-1] == BAD_CONFIGURATION:  # said once
+                break
         return max(codes)
 
 

@@ -92,6 +92,7 @@ class Echo(dist.ProcessGroup):
         self, out: Tensor, given: Tensor, receive: Sequence[int], send: Sequence[int], opts: Any = None
     ) -> dist.Work:
         """Uneven splits are echoed by their order; of what differs in number the rest is zero."""
+        send = [int(n) for n in send]  # megatron-core hands over an array
         mine = send[self._rank] / max(sum(send), 1) if send else 1 / self._size
 
         def fill() -> None:

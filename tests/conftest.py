@@ -38,6 +38,12 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
         pool.close()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix", action="store_true", help="every placement x pipeline x expert ranks x microbatches x recompute"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests in tests/gpu and tests/slurm carry their marker by their folder; GPU tests skip without a device."""
     for item in items:

@@ -47,12 +47,13 @@ def run(config: Config, options: BenchOptions) -> int:
     resolved, device = resolve(variant(config, options.parts[0], place.world_size), place)
     cpu_host.install()
     path = Path(options.output) if options.output else None
-    earlier = result.earlier_runs(path, options.append) if path else []
+    earlier = result.earlier_runs(path, options.append or options.join) if path else []
     link = Link(options.gbps * 1e9, options.latency_us * 1e-6)
     with rehearse(place.rank, place.world_size, link):
         batches = _random_batches(config, place, total)
         setting = Setting(config, place, resolved, device, options, batches, torch.distributed.group.WORLD)
-        record = describe(setting) | {"rank": place.rank, "link": asdict(link)}
+        mine = describe(setting) | {"rank": place.rank, "link": asdict(link)}
+        record = earlier.pop() if options.join and earlier else mine
         for name in options.parts:
             record["parts"][name] = guarded(name, setting, None)
             record["ratio"] = result.ratio(record["parts"])

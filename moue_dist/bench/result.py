@@ -100,7 +100,7 @@ def show(run: Mapping[str, Any], console: Console) -> None:
     alone = f"rank {run['rank']} of {run['world']}, alone on" if "rank" in run else f"{run['world']} x"
     title = f"{run['config']['name']}: {alone} {run['machine'].get('gpu', 'CPU rank')}"
     table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("run")
+    table.add_column("run", no_wrap=True, min_width=max(map(len, parts)))
     for name in ("ms/step", "tokens/s", "TFLOP/s", "MFU", "GiB", "plan", "load", "loss"):
         table.add_column(name, justify="right")
     for name in sorted(parts, key=(*PARTS, *PLACEMENTS).index):
@@ -131,7 +131,7 @@ def _show_pool(parts: Mapping[str, Mapping[str, Any]], console: Console) -> None
     """The placements side by side: the pool's bytes, what crosses stages, the bubble, time against the first."""
     table = Table(header_style="bold")
     table.add_column("placement")
-    for name in ("pool GiB", "across GiB", "expected", "copies GiB", "bubble", "ideal", "ms / first"):
+    for name in ("pool GiB", "across GiB", "expected", "copies GiB", "bubble", "ideal", "time"):
         table.add_column(name, justify="right")
     for name, part in parts.items():
         sent, expected = part["sent_gib"] or {"across": None}, part["sent_gib_expected"]
@@ -148,7 +148,7 @@ def _show_pool(parts: Mapping[str, Mapping[str, Any]], console: Console) -> None
     console.print(table)
     console.print(
         "a step, mean of a rank; pool: weights, gradients, optimizer state; across: rows sent to other stages, counted "
-        "and expected under balance; copies: their gradients and weights, expected"
+        "and expected under balance; copies: their gradients and weights, expected; time against the first"
     )
 
 

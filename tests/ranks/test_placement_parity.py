@@ -1,11 +1,13 @@
 """Wherever the experts live, a layout trains the model that one process trains: the parity proof of home and hybrid.
 
 As `test_parity.py`, with tokens that travel across stages in lock step. `mN` in a layout is the number of microbatches
-of a step: 1, fewer than stages, as many, and more than two rounds of the pipeline.
+of a step: 1, fewer than stages, as many, and more than two rounds of the pipeline. With `--matrix` all combinations run
+besides (`matrix`), which takes some ten minutes on two cores.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,22 +24,23 @@ from tests.ranks.spawn import RankPool
 
 TOLERANCE = 1e-5
 GIB = 2**30
+PLACEMENTS = ("replicate", "home", "hybrid")
 
 
 class PlacedCase(Case):
-    """A case with words for the placement (home, hybrid), lag1 and mN."""
+    """A case with words for the placement (replicate, home, hybrid), lag1 and mN."""
 
     @cached_property
     def config(self) -> Config:
         words = self.layout.split()
-        plain = Case(" ".join(w for w in words if w not in ("home", "hybrid")), self.model).config
+        plain = Case(" ".join(w for w in words if w not in PLACEMENTS), self.model).config
         row_bytes = 3 * plain.moe.expert_width * plain.model.hidden_size * (4 + 4 + 12)
         rows_at_home = math.ceil(plain.moe.pool / (self.degree("pp") * self.degree("ep")))
         parallel = replace(
             plain.parallel,
-            placement="hybrid" if "hybrid" in words else "home",
+            placement=next(w for w in words if w in PLACEMENTS),
             pool_budget_gib=1.5 * rows_at_home * row_bytes / GIB if "hybrid" in words else 0.0,
-            lag=int("lag1" in words),
+            lag=int("lag1" in words) if "replicate" not in words else -1,
         )
         batch = self.degree("m") * plain.train.micro_batch_size * self.degree("dp")
         return replace(plain, parallel=parallel, train=replace(plain.train, global_batch_size=batch))
@@ -68,6 +71,26 @@ CASES = [
 ]
 
 
+def matrix() -> list[tuple[str, str]]:
+    """Placement x PP {1, 2, 4} x EP {1, 2} x microbatches {1, PP - 1, PP, 2 PP + 1} x recompute x lag, whole."""
+    cases = []
+    for placement, pp, ep in itertools.product(PLACEMENTS, (1, 2, 4), (1, 2)):
+        if placement == "hybrid" and pp == 1:
+            continue  # a copy for every stage is the one home
+        for m in sorted({1, pp - 1, pp, 2 * pp + 1} - {0}):
+            for recompute, lag in itertools.product(("", "full"), ("", "lag1") if placement != "replicate" else ("",)):
+                degrees = (f"pp{pp}" * (pp > 1), placement, f"m{m}", "ep2 dp2" * (ep > 1), recompute, lag)
+                cases.append((" ".join(word for word in degrees if word), "moue"))
+    return cases
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "layout" in metafunc.fixturenames:
+        cases = {*CASES, *(matrix() if metafunc.config.getoption("matrix") else ())}
+        in_order = sorted(cases, key=lambda case: (PlacedCase(*case).world, case))
+        metafunc.parametrize(("layout", "model"), in_order, ids=lambda word: word.replace(" ", "_"))
+
+
 @pytest.fixture(scope="module")
 def yardstick(ranks: Callable[[int], RankPool]) -> Callable[[Case], parity.Yardstick]:
     """The reference's run of a case's model and batch; it starts from the weights that one rank draws."""
@@ -84,11 +107,6 @@ def yardstick(ranks: Callable[[int], RankPool]) -> Callable[[Case], parity.Yards
     return get
 
 
-@pytest.mark.parametrize(
-    ("layout", "model"),
-    sorted(CASES, key=lambda case: PlacedCase(*case).world),
-    ids=lambda word: word.replace(" ", "_"),
-)
 def test_a_placement_trains_what_one_process_trains(
     layout: str, model: str, ranks: Callable[[int], RankPool], yardstick: Callable[[Case], parity.Yardstick]
 ) -> None:
