@@ -29,7 +29,9 @@ gradients are added; those of m - 1 layers beyond what the layers have freed by 
 With recompute=full a layer keeps its input u d b and state 4 u r, and its own backward has the rest once.
 
 In flight: 1F1B keeps min(M, PP - p) microbatches on stage p; interleaved keeps 2 (PP - p - 1) + (V - 1) PP + 1 chunks;
-lock step (parallel.placement=home or hybrid) keeps min(M, 2 (PP - p - 1) + 1 + lag) microbatches.
+lock step (parallel.placement=home or hybrid) keeps min(M, 2 (PP - p - 1) + 1 + lag) microbatches. Where a slot's two
+directions run side by side, backward frees a layer while forward fills one: of the last microbatch only one layer
+counts, but a forward round's buffers stand beside a backward round's.
 
 In lock step a layer keeps no rows, pre-activations, activations or outputs of experts. Their owner keeps the rows as it
 received them, d b each, for every microbatch in flight on the stage that sent them: about PP n R rows a rank, n MoE
@@ -82,6 +84,9 @@ def rank_bytes(
     kept = _kept(config, mesh, layers)
     flight = chunks_in_flight(mesh, share.stage, microbatches, lock_step_lag(config))
     activations = sum(kept[layer] for chunk in flight for layer in share.chunks[chunk])
+    together = _together(config, mesh, share.stage, microbatches)
+    if together:
+        activations -= sum(kept.values()) - max(kept.values(), default=0)
     last = share.stage == mesh.pipeline - 1
     tokens = _tokens(config)
     # Transformer Engine's cross entropy writes the gradient over the logits.
@@ -90,7 +95,7 @@ def rank_bytes(
     a_round, kept_rows = rows_served(config, mesh, placement, share, microbatches)
     workspace = max((_workspace(config, mesh, layer, share, resolved) for layer in share.layers), default=0)
     if lock_step_lag(config) is not None:
-        workspace = max(workspace, _round_workspace(config, mesh, a_round))
+        workspace = max(workspace, _round_workspace(config, mesh, a_round, forward=together))
     waiting = _waiting(config, kept, a_round, share, resolved)
     if config.parallel.recompute == "full":
         workspace += max(layers.values(), default=0)
@@ -141,6 +146,12 @@ def chunks_in_flight(mesh: Mesh, stage: int, microbatches: int, lag: int | None 
     return tuple(i // mesh.pipeline % mesh.virtual for i in range(many))
 
 
+def _together(config: Config, mesh: Mesh, stage: int, microbatches: int) -> bool:
+    """Whether a stage is at its fullest while forward fills one microbatch's layers and backward frees another's."""
+    lag = config.parallel.slots_behind
+    return lag % 2 == 1 and mesh.tensor == 1 and microbatches >= 2 * (mesh.pipeline - 1 - stage) + 1 + lag
+
+
 def rows_served(config: Config, mesh: Mesh, placement: Placement, share: Share, microbatches: int) -> tuple[int, int]:
     """Rows that a rank's experts meet in one round of lock step, and rows that it keeps for backward at its fullest.
 
@@ -155,7 +166,10 @@ def rows_served(config: Config, mesh: Mesh, placement: Placement, share: Share, 
     met = (use * here).sum(1)  # of each stage's rows, in rows of one layer
     a_layer = _tokens(config) // mesh.tensor * config.moe.top_k * mesh.expert  # of all the stage's sources
     layers = np.maximum(np.bincount(stages, minlength=mesh.pipeline), 1)
-    flight = [len(chunks_in_flight(mesh, s, microbatches, lag)) for s in range(mesh.pipeline)]
+    flight: list[float] = [len(chunks_in_flight(mesh, s, microbatches, lag)) for s in range(mesh.pipeline)]
+    for s in range(mesh.pipeline):
+        if _together(config, mesh, s, microbatches):
+            flight[s] -= 1 - 1 / float(layers[s])
     kept = 0 if config.parallel.recompute == "full" else round(float((met * flight).sum()) * a_layer)
     return round(float((met / layers).sum()) * a_layer), kept
 
@@ -291,8 +305,11 @@ def _waiting(config: Config, kept: dict[int, int], a_round: int, share: Share, r
     return more * max(each - freed, 0)
 
 
-def _round_workspace(config: Config, mesh: Mesh, met: int) -> int:
+def _round_workspace(config: Config, mesh: Mesh, met: int, *, forward: bool) -> int:
     """Bytes that live only during a backward round of lock step; `met` rows are at this rank's experts.
+
+    `forward` adds those of a forward round beside it: rows sent and outputs received, rows received and by expert,
+    pre-activations, activations, outputs by expert and as sent.
 
     The source holds its rows' gradients, sent and received (and with recompute the rows). The owner holds rows and
     gradients as received and by expert, pre-activations and their gradients, activations and theirs, and the rows'
@@ -300,4 +317,5 @@ def _round_workspace(config: Config, mesh: Mesh, met: int) -> int:
     """
     e, b, d = config.moe, _bytes(config), config.model.hidden_size
     sent = _tokens(config) // mesh.tensor * e.top_k
-    return sent * d * b * (3 if config.parallel.recompute == "full" else 2) + met * (6 * d + 6 * e.expert_width) * b
+    backward = sent * d * b * (3 if config.parallel.recompute == "full" else 2) + met * (6 * d + 6 * e.expert_width) * b
+    return backward + (sent * 2 * d * b + met * (4 * d + 3 * e.expert_width) * b if forward else 0)
