@@ -15,7 +15,7 @@ from moue_dist.model.context import MoEContext
 from moue_dist.model.init import expert_stds, initialise_dense, initialise_shared_router
 from moue_dist.model.moe import MoELayer
 from moue_dist.model.router import SharedRouter
-from moue_dist.parallel import cpu_host, megatron
+from moue_dist.parallel import cpu_host, megatron, megatron_layers
 from moue_dist.parallel.dispatch import AllToAllDispatcher
 from moue_dist.parallel.groups import Groups, build_groups
 from moue_dist.parallel.lockstep import ExpertService
@@ -108,7 +108,7 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
         first_layer=sum(len(stage) for stage in moe_layers[: coord.pp]),
     )
 
-    chunks = megatron.build_chunks(config, tconfig, mesh, layout, coord.pp, MoELayer)
+    chunks = megatron_layers.build_chunks(config, tconfig, mesh, layout, coord.pp, MoELayer)
     for v, chunk in enumerate(chunks):
         layers = layout[v * mesh.pipeline + coord.pp]
         assert [layer.layer_number - 1 for layer in chunk.decoder.layers] == list(layers)

@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from moue_dist.build import System
 from moue_dist.config import ConfigError
-from moue_dist.parallel import megatron
+from moue_dist.parallel import megatron_saving
 from moue_dist.parallel.pool_sync import check_replicas
 
 FORMAT = 1
@@ -57,7 +57,7 @@ def save(system: System, folder: Path, progress: Progress, keep: int) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier(group=system.groups.world)
-    megatron.save_without_helper()
+    megatron_saving.save_without_helper()
     dist_checkpointing.save(_state(system, loading=False), str(part))
     dist.barrier(group=system.groups.world)
     if system.rank == 0:
@@ -79,12 +79,12 @@ def load(system: System, path: Path) -> Progress:
     """Take weights, optimizer state and balance from `path` (collective). Raises ConfigError on another model."""
     about = json.loads((path / "moue.json").read_text())
     _check_same_model(system, about, path)
-    megatron.prepare_to_load(system.dense)
+    megatron_saving.prepare_to_load(system.dense.optimizer)
     state = dist_checkpointing.load(_state(system, loading=True), str(path))
     for name, chunk in zip(_chunk_names(system), system.chunk_modules(), strict=True):
         chunk.load_state_dict(state[name])
     system.dense.optimizer.load_state_dict(state["optimizer"])
-    megatron.mend_after_load(system.dense)
+    megatron_saving.mend_after_load(system.dense.optimizer)
     _take_shared(system, state["shared"], about["step"])
     system.context.balance.load_state_dict({k: v.to(system.device) for k, v in state["balance"].items()})
     check_replicas(system.shared.buffers, system.groups.world)
@@ -96,7 +96,7 @@ def _chunk_names(system: System) -> list[str]:
 
 
 def _state(system: System, *, loading: bool) -> dict[str, Any]:
-    metadata = megatron.checkpoint_metadata()
+    metadata = megatron_saving.checkpoint_metadata()
     models = {
         name: chunk.sharded_state_dict(metadata=metadata)
         for name, chunk in zip(_chunk_names(system), system.chunk_modules(), strict=True)

@@ -30,70 +30,10 @@ from moue_dist.kernels.experts import ExpertSlab, expert_backward, expert_mlp
 from moue_dist.kernels.permute import gather_rows, gather_sum, histogram
 from moue_dist.parallel.dispatch import RouteTable
 from moue_dist.parallel.groups import Way
+from moue_dist.parallel.lockstep_schedule import LockstepError, Schedule, Traffic
 from moue_dist.parallel.placement import Placement
 from moue_dist.parallel.timeline import OFF, Timeline
 from moue_dist.parallel.turns import Turn, Turns, side_by_side
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which microbatch a stage is at in a slot; None: nothing of its own, it serves.
-
-    Example, 2 stages, 2 microbatches: forward at slots 0..2, stage 1 starts at slot 1; backward at slots 1..3.
-    """
-
-    stages: int
-    microbatches: int
-    lag: int = 0
-    forward_only: bool = False
-
-    @property
-    def forward_slots(self) -> range:
-        return range(self.microbatches + self.stages - 1)
-
-    @property
-    def backward_slots(self) -> range:
-        if self.forward_only:
-            return range(0)
-        start = self.stages - 1 + self.lag
-        return range(start, start + self.microbatches + self.stages - 1)
-
-    @property
-    def slots(self) -> range:
-        return range(max(self.forward_slots.stop, self.backward_slots.stop))
-
-    def microbatch(self, way: Way, slot: int, stage: int) -> int | None:
-        m = slot - stage if way == "forward" else slot - 2 * (self.stages - 1) - self.lag + stage
-        in_range = slot in (self.forward_slots if way == "forward" else self.backward_slots)
-        return m if in_range and 0 <= m < self.microbatches else None
-
-    def in_flight(self, stage: int) -> int:
-        """The most microbatches whose forward is done and whose backward is not, on a stage."""
-        if self.forward_only:
-            return 1
-        return min(self.microbatches, 2 * (self.stages - 1 - stage) + 1 + self.lag)
-
-
-class LockstepError(RuntimeError):
-    """A rank is about to run a round that is not due: named at its cause, where a collective would only hang."""
-
-
-@dataclass
-class Traffic:
-    """Bytes of rows that this rank sent, by where they went. Counts and routing weights are included."""
-
-    same_cell: int = 0
-    same_stage: int = 0
-    other_stage: int = 0
-
-    def add(self, send_bytes: Sequence[int], stage: int, cell: int, expert_parallel: int) -> None:
-        for other, n in enumerate(send_bytes):
-            if other == cell:
-                self.same_cell += n
-            elif other // expert_parallel == stage:
-                self.same_stage += n
-            else:
-                self.other_stage += n
 
 
 @dataclass

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moue_dist.parallel.groups import Way
-from moue_dist.parallel.lockstep import ExpertService, Schedule
+from moue_dist.parallel.lockstep import ExpertService
+from moue_dist.parallel.lockstep_schedule import Schedule
 from moue_dist.parallel.timeline import OFF, Timeline
 from moue_dist.parallel.turns import TurnBroken
 

@@ -1,7 +1,8 @@
-"""The one adapter to megatron-core 0.16: its globals, its configuration, its layers, its schedules.
+"""Adapter to megatron-core 0.16.1: its globals, its configuration, its optimizer, its schedules.
 
-A newer megatron-core is this file's work. What it must do for a shared pool, and why, is in docs/architecture.md;
-the traps named in comments were all seen (section numbers of megatron-core files are 0.16.1's).
+A newer megatron-core is the work of the adapter: this file, megatron_layers.py (the model) and megatron_saving.py
+(checkpoints). What it must do for a shared pool, and why, is in docs/architecture.md; the traps named in comments were
+all seen. Line numbers of megatron-core files are those of 0.16.1.
 """
 
 from __future__ import annotations
@@ -9,40 +10,29 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import queue
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from moue_dist.config import Config
 from moue_dist.parallel import cpu_host, state_packing
 from moue_dist.parallel.lockstep import ExpertService
 from moue_dist.parallel.lockstep_pipeline import ForwardStep, LockstepPipeline
+from moue_dist.parallel.megatron_layers import carried_width
+from moue_dist.parallel.megatron_saving import spread_buckets
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.schedule_spans import recorded
 from moue_dist.parallel.timeline import OFF, Timeline
-
-STATEFUL_ROUTERS = ("universal", "recurrent")
 
 
 def initialise(mesh: Mesh, seed: int, timeout_minutes: float) -> None:
@@ -138,123 +128,6 @@ def _layout(config: Config, mesh: Mesh) -> list[list[str]]:
     return layout
 
 
-class LocalRMSNorm(nn.RMSNorm):
-    """RMSNorm where Transformer Engine is absent; megatron-core's own torch norm refuses sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=cpu_host.device())
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class StatefulLayer(TransformerLayer):
-    """A transformer layer through which the trajectory state rides in the block's `context` slot.
-
-    The block drops `context` on return (transformer_block.py:803), so a stage's first layer unpacks the state from
-    what came in and its last layer packs it behind what goes out. Never kept on `self`: under recompute that would be
-    the copy without a graph.
-    """
-
-    unpack_input = False
-    pack_output = False
-    state_width = 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        kwargs.pop("dynamic_inference_decode_only", None)
-        state, hidden = kwargs.pop("context", None), kwargs.pop("hidden_states")
-        if self.unpack_input:
-            hidden, state = state_packing.unpack(hidden, self.config.hidden_size)
-        elif state is None and self.state_width:
-            state = hidden.new_zeros(*hidden.shape[:2], self.state_width, dtype=torch.float32)
-        hidden, _ = self._forward_attention(hidden, *args, **kwargs)
-        residual = hidden
-        normed = self._forward_pre_mlp_layernorm(hidden)
-        if isinstance(self.mlp, MLP):
-            output = self.mlp(normed)
-        else:
-            output, state = self.mlp(normed, state_sbr=state)
-        hidden = self._forward_post_mlp(output, residual)
-        return (state_packing.pack(hidden, state) if self.pack_output else hidden), state
-
-
-def block_spec(
-    config: Config, layers: Sequence[int], moe_layer: type, *, fused: bool, device: torch.device
-) -> TransformerBlockSubmodules:
-    """The layers (0-based, global) of one chunk: dense ones with megatron-core's MLP, the others with `moe_layer`."""
-    specs = []
-    for layer in layers:
-        dense = layer < config.model.dense_layers
-        if fused:
-            spec = get_gpt_layer_with_transformer_engine_spec(
-                num_experts=None if dense else config.moe.pool, qk_layernorm=config.model.qk_norm
-            )
-        else:
-            spec = get_gpt_layer_local_spec(qk_layernorm=config.model.qk_norm, normalization="RMSNorm")
-            _use_local_norms(spec, config.model.qk_norm)
-        spec.module = StatefulLayer
-        if not dense:
-            params = {"run": config, "device": device, "shared_mlp": _plain_mlp(fused)}
-            spec.submodules.mlp = ModuleSpec(module=moe_layer, params=params)
-        specs.append(spec)
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_te_norm() if fused else LocalRMSNorm)
-
-
-def _use_local_norms(spec: ModuleSpec, qk_norm: bool) -> None:
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LocalRMSNorm
-    if qk_norm:
-        attention = spec.submodules.self_attention.submodules
-        attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
-
-
-def _te_norm() -> Any:
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm
-
-
-def _plain_mlp(fused: bool) -> ModuleSpec:
-    """A SwiGLU MLP whose first linear does not carry a norm: the shared expert's."""
-    if fused:
-        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear as Column
-        from megatron.core.extensions.transformer_engine import TERowParallelLinear as Row
-    else:
-        from megatron.core.tensor_parallel import ColumnParallelLinear as Column
-        from megatron.core.tensor_parallel import RowParallelLinear as Row
-    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=Column, linear_fc2=Row))
-
-
-def build_chunks(
-    config: Config, tconfig: TransformerConfig, mesh: Mesh, layout: Sequence[Sequence[int]], pp: int, moe_layer: type
-) -> list[GPTModel]:
-    """This pipeline rank's GPTModels, one a virtual stage, on the device, weights uninitialised.
-
-    `layout` are the 0-based layers of every virtual stage; stage v * PP + pp is chunk v of this rank.
-    """
-    fused = tconfig.apply_rope_fusion
-    state_width = config.moe.state_width if config.moe.router in STATEFUL_ROUTERS else 0
-    chunks = []
-    for v in range(mesh.virtual):
-        stage = v * mesh.pipeline + pp
-        first, last = stage == 0, stage == len(layout) - 1
-        chunk = GPTModel(
-            tconfig,
-            block_spec(config, layout[stage], moe_layer, fused=fused, device=cpu_host.device()),
-            vocab_size=config.model.vocab_size,
-            max_sequence_length=config.model.sequence_length,
-            pre_process=first,
-            post_process=last,
-            share_embeddings_and_output_weights=config.model.tied_head,
-            position_embedding_type="rope",
-            rotary_base=int(config.model.rope_base),
-            vp_stage=v if mesh.virtual > 1 else None,
-        )
-        for i, layer in enumerate(chunk.decoder.layers):
-            layer.state_width = state_width
-            layer.unpack_input = bool(state_width) and i == 0 and not first
-            layer.pack_output = bool(state_width) and i == len(layout[stage]) - 1 and not last
-        chunks.append(chunk.to(device=cpu_host.device(), dtype=tconfig.params_dtype))
-    return chunks
-
-
 @dataclass(frozen=True)
 class DenseSide:
     """megatron-core's half of a training step: wrapped chunks, their optimizer, their schedule.
@@ -316,7 +189,7 @@ def wrap(
     config: Config, tconfig: TransformerConfig, chunks: list[GPTModel], mesh: Mesh, service: ExpertService | None
 ) -> DenseSide:
     """DistributedDataParallel and optimizer around the chunks; gradients in fp32. `service`: experts at home."""
-    state_width = config.moe.state_width if config.moe.router in STATEFUL_ROUTERS else 0
+    state_width = carried_width(config)
     # Schedules take the shape of what stages exchange from the DDP's configuration (utils.py:604): a copy whose
     # hidden size has room for the state makes every schedule carry it.
     wide = copy.copy(tconfig)
@@ -333,17 +206,14 @@ def wrap(
     optimizer = get_megatron_optimizer(
         options, ddps, config_overrides=get_standard_config_overrides(options), use_gloo_process_groups=False
     )
+    spread_buckets(optimizer)
     wide.finalize_model_grads_func = finalize_model_grads
     wide.grad_scale_func = None
     if p.overlap_grad_reduce:
         no_sync = [d.no_sync for d in ddps]
         wide.no_sync_func = no_sync if len(ddps) > 1 else no_sync[0]
     lockstep = None if service is None else _lockstep(config, tconfig, mesh, service, ddps[0], wide)
-    dense = DenseSide(ddps, optimizer, wide, lockstep)
-    for part in _optimizers(dense):
-        if isinstance(part, DistributedOptimizer):
-            _spread_buckets(part)
-    return dense
+    return DenseSide(ddps, optimizer, wide, lockstep)
 
 
 def optimizer_config(config: Config, tconfig: TransformerConfig) -> OptimizerConfig:
@@ -411,82 +281,3 @@ def _workspace_for_each_stream() -> None:
         return kept(device, ub, grouped_gemm, torch.cuda.current_stream(device).cuda_stream)
 
     gemm.get_cublas_workspace = workspace
-
-
-def checkpoint_metadata() -> dict[str, Any]:
-    """What megatron-core's sharded state dicts want to be told."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",  # by parameter: any layout loads it
-        "chained_optim_avoid_prefix": True,
-        "non_homogeneous_layers": True,  # layers are saved by number: dense and MoE layers differ
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
-def _optimizers(dense: DenseSide) -> list[Any]:
-    return list(getattr(dense.optimizer, "chained_optimizers", [dense.optimizer]))
-
-
-def _spread_buckets(optimizer: Any) -> None:
-    """Give the gathered optimizer state the places that `fully_reshardable` reads it from.
-
-    megatron-core gathers a buffer's buckets without the padding between them (distrib_optimizer.py:1118) and then cuts
-    parameters out at their padded places (:1501), so that with several buckets, as tied embeddings and overlap make
-    them, everything behind the first is saved from the wrong place.
-    """
-    gather = optimizer.get_parameter_state_dp_zero
-
-    def spread(*args: Any, **kwargs: Any) -> Any:
-        state = gather(*args, **kwargs)
-        for i, buffer in enumerate(optimizer.buffers if state is not None else ()):
-            for tensors in state[i].values():
-                for key, packed in tensors.items():
-                    if torch.is_tensor(packed):
-                        parts = packed.split([bucket.numel_unpadded for bucket in buffer.buckets])
-                        tensors[key] = packed.new_zeros(buffer.numel)
-                        for bucket, part in zip(buffer.buckets, parts, strict=True):
-                            tensors[key][bucket.offset : bucket.offset + len(part)] = part
-        return state
-
-    optimizer.get_parameter_state_dp_zero = spread
-
-
-def save_without_helper() -> None:
-    """Make megatron-core's synchronous save collect its results in this process.
-
-    Otherwise each rank starts a manager process that imports the program anew (seconds), stays for good, and outlives
-    a killed rank (filesystem_async.py:51). It serves asynchronous saves, of which there are none here.
-    """
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.SimpleQueue()
-
-
-def prepare_to_load(dense: DenseSide) -> None:
-    """Optimizer state must exist before its sharded description can be made (distrib_optimizer.py:642)."""
-    for optimizer in _optimizers(dense):
-        if not isinstance(optimizer, DistributedOptimizer):
-            continue  # megatron-core's others make it themselves
-        optimizer._init_optimizer_states_with_dummy_values()
-        if not cpu_host.has_cuda():
-            _skip_step_tensor(optimizer)
-
-
-def _skip_step_tensor(optimizer: Any) -> None:
-    """torch's Adam keeps a `step` tensor per parameter that is in no file (KeyError at distrib_optimizer.py:940)."""
-
-    def take(model_param: Any, tensors: dict[str, Tensor]) -> None:
-        group, order = optimizer.model_param_group_index_map[model_param]
-        main = optimizer.optimizer.param_groups[group]["params"][order]
-        for key, mine in {"param": main, **optimizer.optimizer.state[main]}.items():
-            if key != "step" and key in tensors:
-                mine.data.copy_(tensors[key])
-
-    optimizer._set_main_param_and_optimizer_states = take
-
-
-def mend_after_load(dense: DenseSide) -> None:
-    """megatron-core loads one `step` tensor into all parameters (:825); torch's Adam would count it up for each."""
-    for optimizer in _optimizers(dense):
-        for state in optimizer.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()

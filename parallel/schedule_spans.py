@@ -2,7 +2,7 @@
 
 The schedules of megatron-core 0.16.1 call `forward_step` and `backward_step` by their module's names, and every send
 and receive goes through `P2PCommunicator._communicate`. While a step is recorded these are wrapped; afterwards, and in
-every other step, they are megatron-core's own again. Belongs to the adapter (parallel/megatron.py).
+every other step, they are megatron-core's own again. Belongs to the adapter (parallel/megatron*.py).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moue_dist.config import Config, ConfigError
-from moue_dist.parallel import cpu_host, megatron
+from moue_dist.parallel import cpu_host, megatron, megatron_layers
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.resolve import Resolved
 from moue_dist.schedules import learning_rate
@@ -168,9 +168,9 @@ class Baseline:
             vp_stage = v if mesh.virtual > 1 else None
             spec = get_gpt_decoder_block_spec(self.tconfig, te, normalization="RMSNorm", vp_stage=vp_stage)
             if not te:
-                spec.layer_norm = megatron.LocalRMSNorm
+                spec.layer_norm = megatron_layers.LocalRMSNorm
                 for layer in spec.layer_specs:
-                    megatron._use_local_norms(layer, m.qk_norm)
+                    megatron_layers.use_local_norms(layer, m.qk_norm)
             chunk = GPTModel(
                 self.tconfig,
                 spec,

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moue_dist.kernels.experts import ExpertSlab
 from moue_dist.parallel import lockstep, lockstep_pipeline
-from moue_dist.parallel.lockstep import ExpertService, LockstepError, Schedule
+from moue_dist.parallel.lockstep import ExpertService
 from moue_dist.parallel.lockstep_pipeline import LockstepPipeline
+from moue_dist.parallel.lockstep_schedule import LockstepError, Schedule
 from moue_dist.parallel.placement import Placement
 
 D = 4  # hidden size

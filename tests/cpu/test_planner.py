@@ -304,7 +304,7 @@ def test_bytes_are_those_of_the_gradient_buffers(case: Case, part: float) -> Non
 @given(cases(), st.floats(0, 1), st.integers(1, 9), st.booleans())
 def test_traffic_is_what_counting_every_message_gives(case: Case, part: float, microbatches: int, lean: bool) -> None:
     """Against a walk over all rows of all ranks and all rounds of the schedule that the run uses."""
-    from moue_dist.parallel.lockstep import Schedule
+    from moue_dist.parallel.lockstep_schedule import Schedule
 
     placement = case.plan("hybrid", budgets(case, part))
     use, rows, hidden, number = case.shares(), 10**6, 8, 2
@@ -393,7 +393,7 @@ H200 = Device("H200", (9, 0), 139.8)
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_microbatches_in_flight_and_rows_kept_are_the_schedules(lag: int) -> None:
-    from moue_dist.parallel.lockstep import Schedule
+    from moue_dist.parallel.lockstep_schedule import Schedule
 
     given = "--parallel.pipeline-parallel 4 --parallel.expert-parallel 1 --train.global-batch-size 16"
     config = load_config(SEVEN, [*given.split(), "--parallel.placement", "home", "--parallel.lag", str(lag)])
