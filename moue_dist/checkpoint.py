@@ -20,11 +20,12 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from moue_dist.build import System
-from moue_dist.config import ConfigError
+from moue_dist.config import Config, ConfigError
 from moue_dist.parallel import megatron_saving
+from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.pool_sync import check_replicas
 
-FORMAT = 1
+FORMAT = 2  # of moue.json and of what stands beside it; raise it when older checkpoints cannot be read any more
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def save(system: System, folder: Path, progress: Progress, keep: int) -> Path:
     dist_checkpointing.save(_state(system, loading=False), str(part))
     dist.barrier(group=system.groups.world)
     if system.rank == 0:
-        _describe(system, progress, part)
+        about = describe(system.config, system.mesh, progress)
+        (part / "moue.json").write_text(json.dumps(about, indent=2) + "\n")
         if path.exists():
             shutil.rmtree(path)
         os.replace(part, path)
@@ -76,19 +78,18 @@ def save(system: System, folder: Path, progress: Progress, keep: int) -> Path:
 
 
 def load(system: System, path: Path) -> Progress:
-    """Take weights, optimizer state and balance from `path` (collective). Raises ConfigError on another model."""
-    about = json.loads((path / "moue.json").read_text())
-    _check_same_model(system, about, path)
+    """Take weights, optimizer state and balance from `path` (collective). Raises ConfigError as `check` does."""
+    progress = check(system.config, path)
     megatron_saving.prepare_to_load(system.dense.optimizer)
     state = dist_checkpointing.load(_state(system, loading=True), str(path))
     for name, chunk in zip(_chunk_names(system), system.chunk_modules(), strict=True):
         chunk.load_state_dict(state[name])
     system.dense.optimizer.load_state_dict(state["optimizer"])
     megatron_saving.mend_after_load(system.dense.optimizer)
-    _take_shared(system, state["shared"], about["step"])
+    _take_shared(system, state["shared"], progress.step)
     system.context.balance.load_state_dict({k: v.to(system.device) for k, v in state["balance"].items()})
     check_replicas(system.shared.buffers, system.groups.world)
-    return Progress(about["step"], about["tokens"])
+    return progress
 
 
 def _chunk_names(system: System) -> list[str]:
@@ -130,48 +131,78 @@ def _take_shared(system: System, loaded: dict[str, torch.Tensor], step: int) -> 
     system.shared.publish()
 
 
-def _describe(system: System, progress: Progress, folder: Path) -> None:
-    about = {
+def describe(config: Config, mesh: Mesh, progress: Progress) -> dict[str, Any]:
+    """What moue.json says about a checkpoint."""
+    return {
         "format": FORMAT,
         "step": progress.step,
         "tokens": progress.tokens,
-        "layout": _layout_of(system),
-        "distributed_optimizer": system.config.parallel.distributed_optimizer,
-        "model": _model_of(system),
+        "layout": _layout_of(config, mesh),
+        "distributed_optimizer": config.parallel.distributed_optimizer,
+        "model": _model_of(config),
     }
-    (folder / "moue.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def _model_of(system: System) -> dict[str, Any]:
-    m, e = system.config.model, system.config.moe
+def _model_of(config: Config) -> dict[str, Any]:
+    m, e = config.model, config.moe
     names = ("layers", "hidden_size", "heads", "kv_heads", "vocab_size", "dense_layers", "qk_norm", "tied_head")
     moe = ("pool", "expert_width", "router", "state_width", "shared_expert_width")
     return {f"model.{n}": getattr(m, n) for n in names} | {f"moe.{n}": getattr(e, n) for n in moe}
 
 
-def _layout_of(system: System) -> dict[str, Any]:
-    mesh, p = system.mesh, system.config.parallel
+def _layout_of(config: Config, mesh: Mesh) -> dict[str, Any]:
     return {
         "world": mesh.world,
         "pipeline_parallel": mesh.pipeline,
         "virtual_stages": mesh.virtual,
         "tensor_parallel": mesh.tensor,
-        "stage_layers": list(p.stage_layers),
+        "stage_layers": list(config.parallel.stage_layers),
     }
 
 
-def _check_same_model(system: System, about: dict[str, Any], path: Path) -> None:
-    if about["format"] != FORMAT:
-        raise ConfigError(f"{path} has checkpoint format {about['format']}, this version reads {FORMAT}")
-    for name, mine in _model_of(system).items():
+def check(config: Config, path: Path) -> Progress:
+    """Where the checkpoint `path` stands. Raises ConfigError if it is of another format, broken, or of another model.
+
+    Reads moue.json alone: nothing is built, no other rank is asked.
+    """
+    about = _read(path)
+    for name, mine in _model_of(config).items():
+        if name not in about["model"]:
+            raise _unreadable(path, f"has format {FORMAT}, but its entry 'model' lacks {name}")
         if about["model"][name] != mine:
             raise ConfigError(
                 f"{path} was trained with {name}={about['model'][name]}, this run has {mine}: use the same model, "
                 "or another name= for a run of its own"
             )
-    sharded = system.config.parallel.distributed_optimizer
+    sharded = config.parallel.distributed_optimizer
     if about["distributed_optimizer"] != sharded:
         raise ConfigError(
             f"{path} was saved with parallel.distributed_optimizer={str(not sharded).lower()}, whose optimizer state "
             f"has another form: resume with that value"
         )
+    return Progress(about["step"], about["tokens"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """moue.json of the checkpoint `path`, with all entries that loading uses, each of its type."""
+    try:
+        about = json.loads((path / "moue.json").read_text())
+    except ValueError:  # no JSON, or no text at all
+        raise _unreadable(path, "is no JSON, so that its format is unknown") from None
+    if not isinstance(about, dict) or "format" not in about:
+        raise _unreadable(path, "names no format")
+    if about["format"] != FORMAT:
+        raise _unreadable(path, f"has format {about['format']}")
+    for name, kind in {"step": int, "tokens": int, "distributed_optimizer": bool, "model": dict}.items():
+        if name not in about:
+            raise _unreadable(path, f"has format {FORMAT}, but no entry '{name}'")
+        if type(about[name]) is not kind:  # a bool is an int, too
+            raise _unreadable(path, f"has format {FORMAT}, but its entry '{name}' is {about[name]!r}")
+    return about
+
+
+def _unreadable(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"moue.json of {path} {why}; this version reads format {FORMAT}: resume with the version that wrote it, write "
+        f"the name of another step_* folder into {path.parent / 'latest'}, or use another name= for a run of its own"
+    )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,79 @@ def test_another_model_or_optimizer_is_refused_by_name(
     (message,) = ranks(1).run(refusal, config_of(layout, model), tmp_path)
     assert message is not None
     assert option in message
+
+
+def described(folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint folder with nothing but the moue.json that `config` would write, and what is in it."""
+    from moue_dist import checkpoint
+    from moue_dist.parallel.mesh import build_mesh
+
+    path = folder / "step_00000003"
+    path.mkdir()
+    about = checkpoint.describe(config, build_mesh(1, config.parallel), checkpoint.Progress(3, 96))
+    (path / "moue.json").write_text(json.dumps(about))
+    return path, about
+
+
+def test_a_description_is_read_as_it_was_written(tmp_path: Path) -> None:
+    from moue_dist import checkpoint
+
+    config = config_of("", "moue")
+    path, about = described(tmp_path, config)
+    assert about["format"] == checkpoint.FORMAT
+    assert checkpoint.check(config, path) == checkpoint.Progress(3, 96)
+
+
+GONE = object()
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"format": 1, "distributed_optimizer": GONE}, "has format 1;"),  # as they were written before format 2
+        ({"format": 3, "model": "elsewhere"}, "has format 3;"),
+        ({"format": "two"}, "has format two;"),
+        ({"format": GONE}, "names no format;"),
+        ({"step": GONE}, "no entry 'step'"),
+        ({"tokens": "96"}, "entry 'tokens' is '96'"),
+        ({"step": True}, "entry 'step' is True"),
+        ({"distributed_optimizer": GONE}, "no entry 'distributed_optimizer'"),
+        ({"distributed_optimizer": None}, "entry 'distributed_optimizer' is None"),
+        ({"model": GONE}, "no entry 'model'"),
+        ({"model": []}, "entry 'model' is []"),
+        ({"model": {"model.layers": 4}}, "lacks model."),
+    ],
+    ids=str,
+)
+def test_another_format_or_a_broken_entry_is_refused_by_name(
+    changes: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    from moue_dist import checkpoint
+
+    config = config_of("", "moue")
+    path, about = described(tmp_path, config)
+    about = {name: value for name, value in (about | changes).items() if value is not GONE}
+    (path / "moue.json").write_text(json.dumps(about))
+    with pytest.raises(ConfigError) as refused:
+        checkpoint.check(config, path)
+    for part in (str(path), found, f"reads format {checkpoint.FORMAT}:", str(tmp_path / "latest"), "name="):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [(b'{"format": 2, "st', "is no JSON"), (b"", "is no JSON"), (b"\xff\x00", "is no JSON"), (b"[]", "no format")],
+)
+def test_a_garbled_description_is_refused_by_name(content: bytes, found: str, tmp_path: Path) -> None:
+    from moue_dist import checkpoint
+
+    config = config_of("", "moue")
+    path, _ = described(tmp_path, config)
+    (path / "moue.json").write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        checkpoint.check(config, path)
+    for part in (str(path), found, f"reads format {checkpoint.FORMAT}:", "name="):
+        assert part in str(refused.value)
 
 
 def test_the_command_line_resumes(tmp_path: Path) -> None:
