@@ -31,7 +31,7 @@ With recompute=full a layer keeps its input u d b and state 4 u r, and its own b
 In flight: 1F1B keeps min(M, PP - p) microbatches on stage p; interleaved keeps 2 (PP - p - 1) + (V - 1) PP + 1 chunks;
 lock step (parallel.placement=home or hybrid) keeps min(M, 2 (PP - p - 1) + 1 + lag) microbatches. Where a slot's two
 directions run side by side, backward frees a layer while forward fills one: of the last microbatch only one layer
-counts, but a forward round's buffers stand beside a backward round's.
+counts at its source, nothing at its owners, but a forward round's buffers stand beside a backward round's.
 
 In lock step a layer keeps no rows, pre-activations, activations or outputs of experts. Their owner keeps the rows as it
 received them, d b each, for every microbatch in flight on the stage that sent them: about PP n R rows a rank, n MoE
@@ -166,10 +166,11 @@ def rows_served(config: Config, mesh: Mesh, placement: Placement, share: Share, 
     met = (use * here).sum(1)  # of each stage's rows, in rows of one layer
     a_layer = _tokens(config) // mesh.tensor * config.moe.top_k * mesh.expert  # of all the stage's sources
     layers = np.maximum(np.bincount(stages, minlength=mesh.pipeline), 1)
-    flight: list[float] = [len(chunks_in_flight(mesh, s, microbatches, lag)) for s in range(mesh.pipeline)]
-    for s in range(mesh.pipeline):
-        if _together(config, mesh, s, microbatches):
-            flight[s] -= 1 - 1 / float(layers[s])
+    # Side by side an owner gives a layer's rows back before it takes the next one's (parallel/turns.py).
+    flight = [
+        len(chunks_in_flight(mesh, s, microbatches, lag)) - _together(config, mesh, s, microbatches)
+        for s in range(mesh.pipeline)
+    ]
     kept = 0 if config.parallel.recompute == "full" else round(float((met * flight).sum()) * a_layer)
     return round(float((met / layers).sum()) * a_layer), kept
 

@@ -1,4 +1,4 @@
-"""The planner's bytes against those that a step on ranks counts."""
+"""The planner's bytes and rows against those that a step on ranks counts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moue_dist.config import Config, ParallelConfig
+from moue_dist.memory import Share, rows_served
 from moue_dist.parallel.costs import row_wire_bytes, stage_use, step_traffic
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.place import expert_bytes, place_pool, stages_of_moe_layers
@@ -20,8 +21,10 @@ from tests.ranks.cases import BASE, RING
 from tests.ranks.spawn import RankPool
 
 
-def one_step(config: Config) -> tuple[torch.Tensor, int, int, int]:
-    """In a rank: one training step; the step's counts [L, P] over all ranks, and the bytes that this rank sent."""
+def one_step(config: Config) -> tuple[torch.Tensor, int, int, int, int]:
+    """In a rank: one training step; the step's counts [L, P] over all ranks, the bytes that this rank sent, and the
+    most rows that it kept for backward.
+    """
     from moue_dist.parallel import megatron
     from moue_dist.step import train_step
 
@@ -30,7 +33,8 @@ def one_step(config: Config) -> tuple[torch.Tensor, int, int, int]:
         tokens = parity.tokens_of(config, 1, seed=3)[0]
         result = train_step(system, parity.microbatches(config, tokens, system.coord.dp, system.mesh.data), 0)
         sent: Any = system.context.service.traffic  # type: ignore[union-attr]
-        return result.counts_lp, sent.other_stage, sent.same_stage, sent.same_cell
+        kept = system.context.service.rows_kept_peak  # type: ignore[union-attr]
+        return result.counts_lp, sent.other_stage, sent.same_stage, sent.same_cell, kept
     finally:
         dist.barrier()
         megatron.shut_down()
@@ -67,3 +71,30 @@ def test_bytes_across_stages_are_as_predicted(
     assert predicted.across == pytest.approx(across, rel=1e-6), "measured use predicts it exactly"
     assert predicted.within + predicted.here == pytest.approx(within + here, rel=1e-6)
     assert across > 0
+
+
+@pytest.mark.parametrize(
+    ("degrees", "batch", "lag"),
+    [((2, 2), 10, 0), ((2, 2), 10, 1), ((4, 1), 9, 0), ((4, 1), 9, 1), ((4, 1), 3, 1), ((2, 1), 1, 1), ((2, 1), 4, 1)],
+)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_owners_keep_as_many_rows_as_predicted(
+    degrees: tuple[int, int], batch: int, lag: int, recompute: str, ranks: Callable[[int], RankPool]
+) -> None:
+    """A token that chooses its whole window spreads evenly, as the prediction assumes: then it is exact."""
+    parallel = ParallelConfig(
+        pipeline_parallel=degrees[0], expert_parallel=degrees[1], placement="home", lag=lag, recompute=recompute
+    )  # type: ignore[arg-type]
+    config = replace(
+        BASE,
+        parallel=parallel,
+        moe=replace(BASE.moe, **RING, top_k=RING["window"]),
+        train=replace(BASE.train, global_batch_size=batch),
+    )
+    mesh = build_mesh(degrees[0] * degrees[1], parallel)
+    found = ranks(mesh.world).run(one_step, config)
+    placed, microbatches = place_pool(config, mesh), batch // mesh.data
+    for rank, (*_, kept) in enumerate(found):
+        at = mesh.coords(rank)
+        share = Share(at.pp, ((),), at.ep)
+        assert kept == rows_served(config, mesh, placed, share, microbatches)[1], f"rank {rank}"
