@@ -16,16 +16,9 @@ Only the staging is pinned. Masters and moments never travel, and PyTorch's pinn
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import shutil
-import sys
-import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,10 +26,9 @@ from torch import Tensor
 
 from moue_dist.config import ConfigError
 from moue_dist.parallel.host_limits import CHUNK, STAGES, adam_bytes, agree
+from moue_dist.parallel.host_operator import INSTEAD, OPTION, load_operator
 
 BLOCK = 1 << 20  # elements in one call: the operator holds Python's lock, and fp32 copies of bf16 moments stay in cache
-OPTION = "parallel.pool_optimizer=host"
-INSTEAD = "or set parallel.pool_optimizer=device"
 
 
 @dataclass(frozen=True)
@@ -191,56 +183,3 @@ def _room(need: int) -> int:
 def _start_thread(device: Any, threads: int) -> None:
     torch.cuda.set_device(device)
     torch.set_num_threads(threads)  # this thread's; a launcher's OMP_NUM_THREADS is meant for the main one
-
-
-def load_operator() -> Any:
-    """DeepSpeedCPUAdam, its operator built if this machine has not built it yet (a minute, kept by PyTorch).
-
-    Raises ConfigError where deepspeed, a C++ compiler or ninja is missing, or the build fails.
-    """
-    if find_spec("deepspeed") is None:
-        raise ConfigError(f"{OPTION} needs DeepSpeed, which is not installed: install the extra 'gpu', {INSTEAD}")
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _scripts_on_path():
-        try:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-            from deepspeed.ops.op_builder import CPUAdamBuilder
-
-            _check_tools()
-            CPUAdamBuilder().load(verbose=False)
-        except ConfigError:
-            raise
-        except Exception as error:  # whatever DeepSpeed, the compiler or the loader has to say
-            lines = [line for line in f"{said.getvalue()}\n{error}".splitlines() if line.strip()]
-            told = "\n  ".join(lines[-8:])
-            raise ConfigError(
-                f"{OPTION}: DeepSpeed's CPU Adam could not be built or loaded; mend what follows, {INSTEAD}:\n  {told}"
-            ) from None
-    return DeepSpeedCPUAdam
-
-
-def _check_tools() -> None:
-    from deepspeed.git_version_info import installed_ops
-
-    if installed_ops.get("cpu_adam"):  # built with the package
-        return
-    compiler = (os.environ.get("CXX") or "c++").split()[0]
-    for tool, way_out in (
-        (compiler, "install a C++ compiler (Debian: g++), or name yours in CXX"),
-        ("ninja", "install ninja (pip install ninja)"),
-    ):
-        if shutil.which(tool) is None:
-            raise ConfigError(
-                f"{OPTION}: DeepSpeed builds its CPU Adam on first use, but PATH has no {tool}: {way_out}, {INSTEAD}"
-            )
-
-
-@contextlib.contextmanager
-def _scripts_on_path() -> Iterator[None]:
-    """PATH with this interpreter's scripts: pip's ninja stands there, in an environment that is not activated, too."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([before, sysconfig.get_path("scripts"), os.path.dirname(sys.executable)])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before

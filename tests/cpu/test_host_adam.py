@@ -6,21 +6,24 @@ Where DeepSpeed or a compiler is missing those tests skip and the rest runs; tes
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
 from moue_dist.config import Config, ConfigError, MoEConfig, OptimizerConfig, ParallelConfig
-from moue_dist.parallel import cpu_host, host_adam
+from moue_dist.parallel import cpu_host, host_adam, host_operator
 from moue_dist.parallel.groups import ReplicaGroup
 from moue_dist.parallel.host_adam import HostAdam
 from moue_dist.parallel.host_limits import CHUNK, HostLimits, adam_bytes, divide
+from moue_dist.parallel.host_operator import build_folder, load_operator
 from moue_dist.parallel.pool_sync import SharedOptimizer, SyncedBuffer, check_replicas
 from moue_dist.validate import validate
 from tests.host_adam import needs_operator
+from tests.ranks.spawn import ROOT
 
 BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1
 SIZES = (5003, 0, 2048, 1)  # several chunks with a ragged end, an empty share, whole blocks, one number
@@ -228,13 +231,27 @@ def test_the_host_must_have_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O3")
     with pytest.raises(ConfigError, match=r"pool_optimizer=host.*no-such-compiler.*pool_optimizer=device"):
-        host_adam.load_operator()
+        load_operator()
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
-def test_missing_deepspeed_is_named() -> None:
+@needs_operator
+def test_a_killed_build_holds_nobody_up() -> None:
+    """PyTorch's lock is a file; the one of a build that was killed would be waited for without end."""
+    load_operator()
+    left = build_folder() / "lock"
+    left.touch()
+    program = "from moue_dist.parallel.host_operator import load_operator; load_operator()"
+    try:
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, timeout=60)
+        assert not left.exists()
+    finally:
+        left.unlink(missing_ok=True)
+
+
+def test_missing_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_operator, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pool_optimizer=host needs DeepSpeed.*'gpu'.*pool_optimizer=device"):
-        host_adam.load_operator()
+        load_operator()
 
 
 def test_ranks_of_a_host_divide_its_cores_and_memory() -> None:
