@@ -8,14 +8,17 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from moue_dist.config import Config
+from moue_dist.measured_use import measured_use
 from moue_dist.model.balance import BalanceState
 from moue_dist.model.context import MoEContext
 from moue_dist.model.init import expert_stds, initialise_dense, initialise_shared_router
 from moue_dist.model.moe import MoELayer
 from moue_dist.model.router import SharedRouter
 from moue_dist.parallel import cpu_host, megatron, megatron_layers
+from moue_dist.parallel.costs import Floats
 from moue_dist.parallel.dispatch import AllToAllDispatcher
 from moue_dist.parallel.groups import Groups, build_groups
 from moue_dist.parallel.lockstep import ExpertService
@@ -71,7 +74,7 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
     timeout = timedelta(seconds=config.train.timeout_seconds)
     megatron.initialise(mesh, config.train.seed, config.train.timeout_seconds / 60)
     layout = stage_layout(config.model.layers, mesh.pipeline, mesh.virtual, config.parallel.stage_layers)
-    topology, placement = config.topology(), place_pool(config, mesh)
+    topology, placement = config.topology(), place_pool(config, mesh, _one_use(config, device))
     lockstep = config.parallel.placement != "replicate"
     groups = build_groups(mesh, rank, placement.stage_sets(), timeout, lockstep=lockstep)
 
@@ -124,6 +127,16 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
     shared = shared_optimizer(config, buffers)
     check_replicas(buffers, groups.world)
     return System(config, mesh, coord, rank, layout, groups, dense, context, shared, device)
+
+
+def _one_use(config: Config, device: torch.device) -> Floats | None:
+    """The measured use as the first rank reads it: the run that counts may be going on (collective)."""
+    use = measured_use(config)
+    if use is None:
+        return None
+    counts = torch.from_numpy(use).to(device)
+    dist.broadcast(counts, 0)  # over all ranks; megatron-core's messages between stages have not begun
+    return counts.cpu().numpy()
 
 
 def shared_optimizer(config: Config, buffers: Sequence[SyncedBuffer]) -> SharedOptimizer:

@@ -45,6 +45,7 @@ would), 2 for a bad configuration.
   moue plan configs/moue_7b.yaml --world 4 --device h100 --parallel.expert-parallel 2
   moue plan configs/moue_7b.yaml --world 8 --json
   moue plan configs/moue_7b.yaml --world 8 --parallel.placement home --picture pool.png
+  moue plan configs/moue_7b.yaml --world 8 --parallel.placement home --parallel.measured-use runs/moue_7b
 
 {_OVERRIDES}"""
 

@@ -86,6 +86,7 @@ class ParallelConfig:
     stage_layers: tuple[int, ...] = ()  # layers of each (virtual) stage in order; empty means even
     placement: Literal["replicate", "home", "hybrid"] = "replicate"  # where an expert lives that several stages reach
     pool_budget_gib: float = 0.0  # hybrid: bytes a GPU for its part of the pool (weights, gradients, optimizer state)
+    measured_use: str = ""  # home, hybrid: folder of a run whose use of the experts decides where they start
     replace_interval: int = 0  # home, hybrid: steps between re-placements by measured use; 0 means never
     lag: int = -1  # home, hybrid: slots by which backward trails; 1: a slot's two directions overlap; -1 picks
     pool_optimizer: Literal["device", "host"] = "device"  # where its Adam state lives; host: DeepSpeed's CPU Adam

@@ -47,7 +47,7 @@ import numpy as np
 
 from moue_dist.config import Config
 from moue_dist.flops import LayerParameters, dense_ffn_width, shared_router_parameters
-from moue_dist.parallel.costs import cell_bytes, servers, stage_use
+from moue_dist.parallel.costs import Floats, cell_bytes, servers, stage_use
 from moue_dist.parallel.host_limits import adam_bytes
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.placement import Placement
@@ -76,9 +76,18 @@ class Share:
 
 
 def rank_bytes(
-    config: Config, mesh: Mesh, placement: Placement, share: Share, microbatches: int, resolved: Resolved
+    config: Config,
+    mesh: Mesh,
+    placement: Placement,
+    share: Share,
+    microbatches: int,
+    resolved: Resolved,
+    use: Floats | None = None,
 ) -> dict[str, int]:
-    """Bytes by component at the peak of a training step on one rank; their sum predicts max_memory_allocated."""
+    """Bytes by component at the peak of a training step on one rank; their sum predicts max_memory_allocated.
+
+    `use` [L, P] are measured tokens (None: an even spread); they decide what lock step brings to each rank's experts.
+    """
     weights = _weights(config, mesh, placement, share)
     layers = {layer: _layer_activations(config, mesh, layer, share, resolved) for layer in share.layers}
     kept = _kept(config, mesh, layers)
@@ -92,7 +101,7 @@ def rank_bytes(
     # Transformer Engine's cross entropy writes the gradient over the logits.
     a_logit = _bytes(config) if resolved.transformer_engine else LOGIT_BYTES[_bytes(config)]
     logits = tokens * config.model.vocab_size * a_logit // mesh.tensor if last else 0
-    a_round, kept_rows = rows_served(config, mesh, placement, share, microbatches)
+    a_round, kept_rows = rows_served(config, mesh, placement, share, microbatches, use)
     workspace = max((_workspace(config, mesh, layer, share, resolved) for layer in share.layers), default=0)
     if lock_step_lag(config) is not None:
         workspace = max(workspace, _round_workspace(config, mesh, a_round, forward=together))
@@ -152,18 +161,21 @@ def _together(config: Config, mesh: Mesh, stage: int, microbatches: int) -> bool
     return lag % 2 == 1 and mesh.tensor == 1 and microbatches >= 2 * (mesh.pipeline - 1 - stage) + 1 + lag
 
 
-def rows_served(config: Config, mesh: Mesh, placement: Placement, share: Share, microbatches: int) -> tuple[int, int]:
+def rows_served(
+    config: Config, mesh: Mesh, placement: Placement, share: Share, microbatches: int, use: Floats | None = None
+) -> tuple[int, int]:
     """Rows that a rank's experts meet in one round of lock step, and rows that it keeps for backward at its fullest.
 
-    Both are expected ones, with every layer spread evenly over its window; (0, 0) where there is no lock step.
+    Both are expected ones, with every layer spread like `use` [L, P], or evenly over its window; (0, 0) where there is
+    no lock step.
     """
     lag = lock_step_lag(config)
     if lag is None:
         return 0, 0
     stages = stages_of_moe_layers(config, mesh)
-    use = stage_use(config.topology().windows, stages, placement.pool, mesh.pipeline)
+    used = stage_use(config.topology().windows, stages, placement.pool, mesh.pipeline, use)
     here = (servers(placement) == share.stage) & (np.asarray(placement.columns) == share.expert_rank)
-    met = (use * here).sum(1)  # of each stage's rows, in rows of one layer
+    met = (used * here).sum(1)  # of each stage's rows, in rows of one layer
     a_layer = _tokens(config) // mesh.tensor * config.moe.top_k * mesh.expert  # of all the stage's sources
     layers = np.maximum(np.bincount(stages, minlength=mesh.pipeline), 1)
     # Side by side an owner gives a layer's rows back before it takes the next one's (parallel/turns.py).

@@ -17,7 +17,9 @@ from moue_dist import memory
 from moue_dist.config import Config, ConfigError
 from moue_dist.devices import Device
 from moue_dist.flops import Flops, Parameters, flops_per_token, parameters
+from moue_dist.measured_use import measured_use
 from moue_dist.memory import GIB, RESERVE, Share
+from moue_dist.parallel.costs import served, stage_use
 from moue_dist.parallel.mesh import build_mesh, layers_of_rank, stage_layout
 from moue_dist.place import moe_window, place_pool, stages_of_moe_layers
 from moue_dist.plan_pool import PoolPlan, build_pool_plan, render_pool_plan
@@ -111,16 +113,24 @@ def _plan(config: Config, world: int, device: Device, memory_gib: float | None) 
     mesh = build_mesh(world, config.parallel)
     t, m = config.train, config.model
     microbatches = t.global_batch_size // (t.micro_batch_size * mesh.data)
-    placement, topology = place_pool(config, mesh), config.topology()
+    use = measured_use(config)
+    placement, topology = place_pool(config, mesh, use), config.topology()
     layout = stage_layout(m.layers, mesh.pipeline, mesh.virtual, config.parallel.stage_layers)
     holders = placement.holders
+    stage_of = stages_of_moe_layers(config, mesh)
+    load = served(placement, stage_use(topology.windows, stage_of, placement.pool, mesh.pipeline, use))
 
     stages = []
     for stage in range(mesh.pipeline):
         chunks = layout[stage :: mesh.pipeline]
         held = [e for e in range(config.moe.pool) if stage in holders[e]]
         rows = [len(placement.rows(stage, ep)) for ep in range(mesh.expert)]
-        share = Share(stage, chunks, rows.index(max(rows)))
+        # The rank that needs most holds the most experts, or has the most tokens come to them.
+        needs = {
+            ep: memory.rank_bytes(config, mesh, placement, Share(stage, chunks, ep), microbatches, resolved, use)
+            for ep in {rows.index(max(rows)), int(load[stage].argmax())}
+        }
+        share = Share(stage, chunks, max(needs, key=lambda ep: (sum(needs[ep].values()), -ep)))
         ranks = mesh.ranks_of_stage(stage)
         stages.append(
             StagePlan(
@@ -139,7 +149,7 @@ def _plan(config: Config, world: int, device: Device, memory_gib: float | None) 
                 microbatches_in_flight=len(
                     memory.chunks_in_flight(mesh, stage, microbatches, memory.lock_step_lag(config))
                 ),
-                memory_bytes=memory.rank_bytes(config, mesh, placement, share, microbatches, resolved),
+                memory_bytes=needs[share.expert_rank],
                 host_bytes=memory.host_bytes(config, mesh, placement, share),
             )
         )
@@ -168,6 +178,7 @@ def _plan(config: Config, world: int, device: Device, memory_gib: float | None) 
             "MoE layers": config.moe_layers,
             "window": topology.window,
             "layers that see an expert": f"{min(exposure)} to {max(exposure)}",
+            "use of the experts": f"as in {config.parallel.measured_use}" if config.parallel.measured_use else "even",
             "microbatches per step": microbatches,
             "pipeline bubble": round((mesh.pipeline - 1) / (mesh.virtual * microbatches + mesh.pipeline - 1), 4),
             "tokens per microbatch": t.micro_batch_size * m.sequence_length,
@@ -180,7 +191,7 @@ def _plan(config: Config, world: int, device: Device, memory_gib: float | None) 
         parameters=counts,
         flops=flops,
         stages=tuple(stages),
-        pool=build_pool_plan(config, mesh, placement),
+        pool=build_pool_plan(config, mesh, placement, use),
         device=device.name,
         memory_gib=device.memory_gib if memory_gib is None else memory_gib,
         misfit=None,
@@ -204,7 +215,8 @@ def draw(config: Config, world: int, path: Path) -> None:
     from moue_dist.report.ring import write_ring_picture
 
     mesh = build_mesh(world, config.parallel)
-    write_ring_picture(path, config.topology(), stages_of_moe_layers(config, mesh), place_pool(config, mesh))
+    placement = place_pool(config, mesh, measured_use(config))
+    write_ring_picture(path, config.topology(), stages_of_moe_layers(config, mesh), placement)
 
 
 def ranges(ids: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from moue_dist.config import Config, ConfigError
 from moue_dist.memory import GIB, lock_step_lag
-from moue_dist.parallel.costs import Traffic, cell_bytes, row_wire_bytes, stage_use, step_traffic
+from moue_dist.parallel.costs import Floats, Traffic, cell_bytes, row_wire_bytes, stage_use, step_traffic
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.placement import Placement
 from moue_dist.parallel.planner import Kind
@@ -42,19 +42,19 @@ class PoolPlan:
     choices: tuple[Choice, ...]
 
 
-def build_pool_plan(config: Config, mesh: Mesh, placement: Placement) -> PoolPlan:
-    """`placement` is the configuration's own."""
+def build_pool_plan(config: Config, mesh: Mesh, placement: Placement, use: Floats | None = None) -> PoolPlan:
+    """`placement` is the configuration's own; `use` [L, P] are measured tokens, None an even spread."""
     return PoolPlan(
         placement=config.parallel.placement,
         world=mesh.world,
         replica_groups=len(placement.stage_sets()),
-        traffic=expected_traffic(config, mesh, placement),
-        choices=tuple(_choices(config, mesh)) if mesh.pipeline > 1 else (),
+        traffic=expected_traffic(config, mesh, placement, use),
+        choices=tuple(_choices(config, mesh, use)) if mesh.pipeline > 1 else (),
     )
 
 
-def expected_traffic(config: Config, mesh: Mesh, placement: Placement) -> Traffic:
-    """Bytes of one training step, with every layer spread evenly over its window."""
+def expected_traffic(config: Config, mesh: Mesh, placement: Placement, use: Floats | None = None) -> Traffic:
+    """Bytes of one training step, with the layers' tokens spread like `use` [L, P], or evenly over each window."""
     p, t, topology = config.parallel, config.train, config.topology()
     stages = stages_of_moe_layers(config, mesh)
     layers = Counter(stages)
@@ -62,7 +62,7 @@ def expected_traffic(config: Config, mesh: Mesh, placement: Placement) -> Traffi
     each = expert_bytes(config)
     return step_traffic(
         placement,
-        stage_use(topology.windows, stages, placement.pool, mesh.pipeline),
+        stage_use(topology.windows, stages, placement.pool, mesh.pipeline, use),
         rows=t.global_batch_size * config.model.sequence_length * config.moe.top_k,
         row_bytes=row_wire_bytes(config.model.hidden_size, each.weight, lock_step=lock_step, recompute=recompute),
         layers=[layers[s] for s in range(mesh.pipeline)],
@@ -85,11 +85,11 @@ def with_placement(config: Config, placement: Kind, budget_gib: float = 0.0) -> 
     """The configuration with another placement and without the options that only some placements have."""
     parallel = dataclasses.replace(config.parallel, placement=placement, pool_budget_gib=budget_gib)
     if placement == "replicate":
-        parallel = dataclasses.replace(parallel, lag=-1, replace_interval=0)
+        parallel = dataclasses.replace(parallel, lag=-1, replace_interval=0, measured_use="")
     return dataclasses.replace(config, parallel=parallel)
 
 
-def _choices(config: Config, mesh: Mesh) -> list[Choice]:
+def _choices(config: Config, mesh: Mesh, use: Floats | None) -> list[Choice]:
     """The three placements; hybrid with the configuration's budget, else halfway between the two others."""
     found: list[Choice] = []
     kinds: tuple[Kind, ...] = ("replicate", "home", "hybrid")
@@ -105,10 +105,10 @@ def _choices(config: Config, mesh: Mesh) -> list[Choice]:
         except ConfigError:
             refused = True
         try:
-            placement = place_pool(variant, mesh)
+            placement = place_pool(variant, mesh, use)
         except ValueError:
             continue
-        traffic = expected_traffic(variant, mesh, placement)
+        traffic = expected_traffic(variant, mesh, placement, use)
         size = pool_bytes(variant, mesh, placement)
         found.append(Choice(kind, budget, size, traffic.across + traffic.sync_across, refused))
     return found

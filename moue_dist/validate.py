@@ -11,6 +11,7 @@ import math
 
 from moue_dist.config import Config, ConfigError, refuse
 from moue_dist.devices import Device
+from moue_dist.measured_use import measured_use
 from moue_dist.parallel.mesh import build_mesh, layers_of_rank, stage_layout
 from moue_dist.place import moe_window, place_pool
 from moue_dist.resolve import Resolved, resolve
@@ -214,6 +215,11 @@ def check_placement(config: Config) -> None:
     if p.placement == "replicate":
         for name, value in (("replace_interval", p.replace_interval), ("lag", p.lag)):
             refuse(value > 0, f"parallel.{name}={value} is only for parallel.placement=home or hybrid; leave it out")
+        refuse(
+            p.measured_use != "",
+            f"parallel.measured_use={p.measured_use} is only for parallel.placement=home or hybrid: replicate follows "
+            f"from the windows alone; leave it out",
+        )
         return
     refuse(
         p.placement == "hybrid" and p.pool_budget_gib == 0,
@@ -265,7 +271,7 @@ def _check_world(config: Config, world: int) -> None:
     p, t = config.parallel, config.train
     try:
         mesh = build_mesh(world, p)
-        place_pool(config, mesh)
+        place_pool(config, mesh, measured_use(config))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     share = t.micro_batch_size * mesh.data

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from moue_dist.bench.result import PLACEMENTS
 from moue_dist.build import System
 from moue_dist.config import Config, ConfigError
+from moue_dist.measured_use import measured_use
 from moue_dist.memory import GIB
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.timeline import Timeline, clock_of
@@ -57,7 +58,7 @@ def pool_facts(system: System, step: Callable[[Timeline], Any], world: Any, *, a
         total = torch.tensor(mine, dtype=torch.float64, device=system.device)
         dist.all_reduce(total, group=world)
         sent = [float(x) / (1 if alone else system.mesh.world) / GIB for x in total]
-    expected = expected_traffic(config, system.mesh, placement)
+    expected = expected_traffic(config, system.mesh, placement, measured_use(config))
     each = GIB * system.mesh.world
     return {
         "placement": config.parallel.placement,

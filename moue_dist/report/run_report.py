@@ -12,6 +12,7 @@ import yaml
 
 from moue_dist.config import ConfigError
 from moue_dist.load import load_config
+from moue_dist.measured_use import measured_use
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.placement import Placement
 from moue_dist.place import place_pool
@@ -152,7 +153,7 @@ def _placement(run: Run) -> Placement | None:
     try:
         config = load_config(str(run.folder / "config.yaml"), [])
         mesh = build_mesh(run.world_size or 0, config.parallel)
-        return place_pool(config, mesh) if mesh.pipeline > 1 else None
+        return place_pool(config, mesh, measured_use(config)) if mesh.pipeline > 1 else None
     except (ConfigError, ValueError, OSError):
         return None
 
