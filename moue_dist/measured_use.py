@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moue_dist.config import Config, refuse
+from moue_dist.config import Config, ConfigError, refuse
 from moue_dist.parallel.costs import Floats
 from moue_dist.report.runs import read_run
 
@@ -21,7 +21,10 @@ def measured_use(config: Config) -> Floats | None:
     """
     if not config.parallel.measured_use:
         return None
-    run = read_run(Path(config.parallel.measured_use).expanduser())
+    try:
+        run = read_run(Path(config.parallel.measured_use).expanduser())
+    except ConfigError as error:
+        raise ConfigError(f"{OPTION}: {error}") from None
     refuse(
         not run.usage,
         f"{OPTION}={run.folder}: that run has not counted any use yet, which it does at its validations and at its "
