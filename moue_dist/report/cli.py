@@ -22,6 +22,7 @@ written as CSV beside the page. Rates are medians without the first tenth of the
 EXAMPLES = """\
 examples:
   moue report runs/tiny                                     -> runs/tiny/report.html
+  moue report runs/tiny --timeline time.svg                 -> what each pipeline stage did in a recorded step
   moue report runs/gpu8 runs/gpu16 runs/gpu32               -> scaling.html, scaling.csv
   moue report runs/gpu* --output reports/scaling.html       -> reports/scaling.html, reports/scaling.csv
 """
@@ -38,6 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.html",
         help="where to write the page (default: RUN/report.html for one run, scaling.html for several)",
     )
+    parser.add_argument(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="of one run: also draw the pipeline over time into a .png or .svg file (train with train.record_slots)",
+    )
     return parser
 
 
@@ -48,20 +55,25 @@ def main(argv: list[str]) -> int:
     except SystemExit as stop:  # argparse has already spoken: 0 after --help, 2 after a wrong argument
         return int(stop.code or 0)
     try:
-        return _report(options.runs, options.output)
+        return _report(options.runs, options.output, options.timeline)
     except ConfigError as error:
         print(f"moue report: {error}", file=sys.stderr)
         return 2
 
 
-def _report(folders: Sequence[Path], output: Path | None) -> int:
+def _report(folders: Sequence[Path], output: Path | None, timeline: Path | None) -> int:
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--output {output} must end in .html")
     if len(folders) == 1:
+        from moue_dist.report.gantt import write_picture_of_time
         from moue_dist.report.run_report import write_run_report
 
         print(write_run_report(folders[0], output))
+        if timeline is not None:
+            print(write_picture_of_time(folders[0], timeline))
         return 0
+    if timeline is not None:
+        raise ConfigError(f"--timeline {timeline} is for one run; name one, not {len(folders)}")
     doubles = {folder for folder in folders if sum(folder.resolve() == other.resolve() for other in folders) > 1}
     if doubles:
         raise ConfigError(f"{min(doubles)} is named twice; name each run once")

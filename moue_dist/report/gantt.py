@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
+from moue_dist.config import ConfigError
 from moue_dist.parallel.spans import Span
 from moue_dist.report.html import Picture, count, share, show
-from moue_dist.report.runs import Run
+from moue_dist.report.runs import Run, read_run
 from moue_dist.report.slots import (
     WORK,
     Lane,
@@ -35,6 +37,7 @@ from moue_dist.report.style import (
     recolour,
     style_axes,
     to_svg,
+    write_figure,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +72,17 @@ def picture_of_time(run: Run) -> Picture | None:
     svg = to_svg(draw_time(step))
     dark = recolour(svg, "dark").replace(ON_FILL, ON_FILL_DARK)
     return Picture(title, _caption(steps), describe_time(step), svg, dark, "wide")
+
+
+def write_picture_of_time(run_dir: Path, path: Path) -> Path:
+    """Draw a run's last recorded step into `path`, a .png or .svg file. Raises ConfigError where there is none."""
+    steps = read_steps(read_run(run_dir).folder)
+    if not steps:
+        why = "recorded no slots: train it with train.record_slots=true"
+        if steps is not None:
+            why = "has a timeline.json without a step that can be read"
+        raise ConfigError(f"--timeline: {run_dir} {why}")
+    return write_figure(path, draw_time(steps[-1]), "--timeline")
 
 
 def draw_time(step: Step) -> Figure:

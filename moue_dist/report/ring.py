@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moue_dist.config import ConfigError
 from moue_dist.model.topology import Topology, build_topology
 from moue_dist.parallel.placement import Placement
-from moue_dist.report.style import GRID, INK, SOFT, new_figure, recolour, stage_colours, to_svg
+from moue_dist.report.style import GRID, INK, SOFT, new_figure, stage_colours, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,27 +102,13 @@ def write_ring_picture(
     path: Path, topology: Topology, layer_to_stage: Sequence[int], placement: Placement | None = None
 ) -> Path:
     """Draw the ring into `path`, a .png or .svg file; raises ConfigError where that is not possible."""
-    figure = draw_ring(topology, layer_to_stage, placement)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".svg":
-            path.write_text(recolour(to_svg(figure), "neutral"), encoding="utf-8")
-        elif path.suffix == ".png":
-            figure.savefig(path, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-        else:
-            raise ConfigError(f"--picture {path}: name a file that ends in .png or .svg")
-    except OSError as error:
-        raise ConfigError(f"--picture {path}: cannot write it ({error.strerror}); name another file") from None
-    return path
+    return write_figure(path, draw_ring(topology, layer_to_stage, placement), "--picture")
 
 
 def write_pool_picture(path: Path) -> Path:
     """Write the picture of the documentation: 64 experts, 8 layers on 4 stages, windows of 16 that move on by 8."""
     topology = build_topology("rotational", 8, 64, window=16, stride=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    svg = to_svg(draw_ring(topology, [layer // 2 for layer in range(8)]))
-    path.write_text(recolour(svg, "neutral"), encoding="utf-8")
-    return path
+    return write_ring_picture(path, topology, [layer // 2 for layer in range(8)])
 
 
 def _angle(position: float, pool: int) -> float:

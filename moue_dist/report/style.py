@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from moue_dist.config import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,6 +101,21 @@ def recolour(svg: str, page: Literal["dark", "neutral"]) -> str:
     for light, other in (DARK if page == "dark" else NEUTRAL).items():
         svg = svg.replace(light, other)
     return svg
+
+
+def write_figure(path: Path, figure: Figure, option: str) -> Path:
+    """Write a .png, or an .svg that reads on any page. Raises ConfigError, with the option that named the file."""
+    if path.suffix not in (".png", ".svg"):
+        raise ConfigError(f"{option} {path}: name a file that ends in .png or .svg")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".svg":
+            path.write_text(recolour(to_svg(figure), "neutral"), encoding="utf-8")
+        else:
+            figure.savefig(path, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot write it ({error.strerror}); name another file") from None
+    return path
 
 
 def thin(x: Sequence[float], y: Sequence[float], limit: int = 400) -> tuple[list[float], list[float]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moue_dist.cli import main
 from moue_dist.parallel.spans import Span
 from moue_dist.report import gantt
 from moue_dist.report.html import escape
@@ -209,6 +210,22 @@ def test_the_report_has_the_section_only_with_the_file(tmp_path: Path) -> None:
     assert "Bubble measured 21.9%, ideal (PP-1)/(M+PP-1) = 1/3 = 33.3%." in page.text
     assert "median of 2 recorded steps 21.9%" in page.text
     assert gantt.describe_time(TWO) in page.alternatives
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_the_picture_can_stand_alone(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = write_run(tmp_path / "run"), tmp_path / "new" / f"time.{kind}"
+    command = ["report", str(folder), "--timeline"]
+    assert main([*command, str(file)]) == 2
+    assert "recorded no slots: train it with train.record_slots=true" in capsys.readouterr().err
+    write_slots(folder, TWO)
+    assert main([*command, str(file)]) == 0
+    assert str(file) in capsys.readouterr().out
+    assert file.read_bytes().startswith(b"\x89PNG" if kind == "png" else b"<svg")
+    assert main([*command, str(tmp_path / "time.pdf")]) == 2
+    assert ".png or .svg" in capsys.readouterr().err
+    assert main(["report", str(folder), str(folder), "--timeline", str(file)]) == 2
+    assert "--timeline" in capsys.readouterr().err
 
 
 def one_rank(stage: int, span: str) -> str:
