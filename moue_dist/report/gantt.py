@@ -28,7 +28,6 @@ from moue_dist.report.style import (
     BLUE,
     GOLD,
     GREEN,
-    GRID,
     INK,
     PINK,
     SOFT,
@@ -52,6 +51,7 @@ NAMES = {
     "transfer": "transfer, with its wait",
     "optimizer": "reduction and optimizer",
 }
+IDLE = (SOFT, 0.25)  # lets the page through, so that it stays apart from the optimizer's on any page
 ON_FILL, ON_FILL_DARK = "#fffffe", "#0f1318"  # numbers in the boxes; dark pages have lighter boxes
 MOST_LANES, FEW_RANKS = 24, 8
 WIDTH = 10.8  # inches: a wide picture
@@ -101,7 +101,7 @@ def draw_time(step: Step) -> Figure:
     width = 1.02 * max(measured_end, best_end)
     for axes, rows, start, end in ((above, lanes, zero, step.end - zero), (below, best, 0.0, best_end)):
         for y, lane in enumerate(rows):
-            axes.broken_barh([(0, end * scale)], (y - 0.4, 0.8), facecolors=GRID, linewidth=0)
+            axes.broken_barh([(0, end * scale)], (y - 0.4, 0.8), facecolors=IDLE, linewidth=0)
             _draw_lane(axes, lane, y, start, scale, width)
         style_axes(axes)
         axes.grid(False)
@@ -251,7 +251,7 @@ def _legend(axes: Axes, lanes: Sequence[Lane]) -> None:
 
     used = {s.kind for lane in lanes for s in lane.spans}
     handles = [Patch(color=colour, label=NAMES[kind]) for kind, colour in COLOURS.items() if kind in used]
-    legend(axes, handles=[*handles, Patch(color=GRID, label="idle")], ncols=6)
+    legend(axes, handles=[*handles, Patch(color=IDLE, linewidth=0, label="idle")], ncols=6)
 
 
 def _lane_names(lanes: Sequence[Lane]) -> list[str]:
