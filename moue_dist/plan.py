@@ -281,17 +281,18 @@ def render(plan: Plan, console: Console) -> None:
     needs.add_row(f"{plan.device} has", f"{plan.memory_gib:.3f}")
     console.print(needs)
 
-    shown = {
-        "pool weights": "pool weights",
-        "pool gradients": "pool gradients",
-        "pool optimizer": "pool optimizer",
-        "activations": "activations",
-        "rows kept": "rows kept for other ranks",
+    shown = {  # in two lines, so that the table fits into 80 columns
+        "pool\nweights": "pool weights",
+        "pool\ngrads": "pool gradients",
+        "pool\noptim.": "pool optimizer",
+        "activ-\nations": "activations",
+        "rows\nkept": "rows kept for other ranks",
     }
-    by_stage = table("GiB of a GPU by stage (its fullest rank)", "stage", "in flight", *shown, "allocated", "on host")
+    by_stage = table("GiB of a GPU by stage (its fullest rank)", "stage", "in\nflight", *shown, "all", "on\nhost")
     for s in plan.stages:
         sizes = [*(s.memory_bytes[part] for part in shown.values()), s.total_bytes, s.host_bytes]
-        by_stage.add_row(str(s.stage), str(s.microbatches_in_flight), *(f"{size / GIB:.3f}" for size in sizes))
+        gib = [size / GIB for size in sizes]
+        by_stage.add_row(str(s.stage), str(s.microbatches_in_flight), *(f"{x:.{2 if x >= 10 else 3}f}" for x in gib))
     console.print(by_stage)
     render_pool_plan(plan.pool, console)
     console.print("[green]fits[/green]" if plan.fits else f"[red]does not fit[/red]: {plan.misfit}")
