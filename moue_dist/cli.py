@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moue_dist import __version__
-from moue_dist.config import Config, ConfigError
+from moue_dist.config import BAD_CONFIGURATION, Config, ConfigError
 from moue_dist.devices import Device
 
 if TYPE_CHECKING:
     from moue_dist.bench.options import BenchOptions
     from moue_dist.launchers.env import ProcessEnv
-
-BAD_CONFIGURATION = 2
 
 _OVERRIDES = """\
 Any option of the configuration can be overridden: --section.key value, for example
@@ -138,6 +136,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     add("--note", metavar="TEXT", help="kept with the numbers")
     add("--placements", metavar="LIST", help="our step under several placements, such as replicate,home,hybrid")
     add("--part", help=argparse.SUPPRESS)
+    add("--asked", help=argparse.SUPPRESS)
     add("--world", type=_positive, default=1, metavar="N", help="rank: ranks of the layout that it belongs to")
     add("--rank", type=_count, default=0, metavar="R", help="rank: which one of them is measured (default: 0)")
     add(
@@ -225,26 +224,18 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _bench_apart(args: argparse.Namespace, config: Config, options: BenchOptions, overrides: list[str]) -> int:
-    """The parts of a benchmark, each in processes of its own: what one leaves on the device burdens no other."""
+    import shlex
     import subprocess
-    import tempfile
-    from dataclasses import replace
 
-    def start(words: list[str]) -> int:
+    from moue_dist.bench.apart import measure_apart
+
+    def start(part: BenchOptions) -> int:
+        words = ["bench", args.what, args.config, *part.as_words(), *overrides]
         if args.what == "rank":
             return subprocess.run([sys.executable, "-m", "moue_dist", *words]).returncode
         return _start_ranks(config, args.nproc, words, always=True) or 0
 
-    with tempfile.TemporaryDirectory() as folder:
-        options = replace(options, output=options.output or os.path.join(folder, "result.json"))
-        codes = []
-        for i, name in enumerate(options.parts):
-            part = replace(options, part=name, append=options.append and not i, join=options.join or i > 0)
-            words = ["bench", args.what, args.config, *part.as_words(), *overrides]
-            codes.append(start(words))
-            if codes[-1] == BAD_CONFIGURATION:  # said once
-                break
-        return max(codes)
+    return measure_apart(options, shlex.join(["moue", *sys.argv[1:]]), start)
 
 
 def _start_ranks(config: Config, asked: int | None, words: list[str], *, always: bool = False) -> int | None:

@@ -11,6 +11,8 @@ from typing import Literal
 
 from moue_dist.model.topology import Topology, build_topology
 
+BAD_CONFIGURATION = 2  # the exit code of a command that a ConfigError ended
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run. The message names the option and the way out."""

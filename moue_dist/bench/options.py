@@ -21,6 +21,7 @@ class BenchOptions:
     note: str | None = None
     placements: str | None = None  # such as "replicate,home": our step under each, in place of the baseline
     part: str | None = None  # measure this part alone, of those that the other options ask for
+    asked: str | None = None  # the command that asked for all of them
     # bench rank: who is played, and the link to the others
     world: int = 1
     rank: int = 0

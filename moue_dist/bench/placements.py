@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from moue_dist.bench.result import PLACEMENTS
-from moue_dist.build import System
 from moue_dist.config import Config, ConfigError
 from moue_dist.measured_use import measured_use
 from moue_dist.memory import GIB
@@ -18,6 +17,9 @@ from moue_dist.parallel.timeline import Timeline, clock_of
 from moue_dist.place import place_pool
 from moue_dist.plan_pool import expected_traffic, pool_bytes, with_placement
 from moue_dist.report.slots import Lane, Step, bubble, ideal_bubble
+
+if TYPE_CHECKING:  # megatron-core, which a CPU host prepares for first
+    from moue_dist.build import System
 
 
 def variant(config: Config, part: str, world: int) -> Config:

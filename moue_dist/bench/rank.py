@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,13 +16,15 @@ from torch import Tensor
 from moue_dist.bench import result
 from moue_dist.bench.options import BenchOptions
 from moue_dist.bench.placements import variant
-from moue_dist.build import System
 from moue_dist.config import Config, ConfigError
 from moue_dist.parallel import cpu_host
-from moue_dist.parallel.lockstep import ExpertService
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.rehearsal import Link, rehearse
 from moue_dist.train import Place, resolve
+
+if TYPE_CHECKING:  # megatron-core, which a CPU host prepares for first
+    from moue_dist.build import System
+    from moue_dist.parallel.lockstep import ExpertService
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,7 @@ def run(config: Config, options: BenchOptions) -> int:
             record["ratio"] = result.ratio(record["parts"])
             if path:
                 result.write(path, [*earlier, record])
-        from rich.console import Console
-
-        result.show(record, Console(highlight=False))
-        if path:
-            print(f"written: {path}", flush=True)
+        result.tell(record, options)
     return int(any("error" in part for part in record["parts"].values()))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moue_dist.bench.options import BenchOptions
 from moue_dist.config import Config, ConfigError
 from moue_dist.flops import flops_per_token
 from moue_dist.metrics import StepMeter
@@ -94,6 +95,19 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def tell(run: Mapping[str, Any], options: BenchOptions) -> None:
+    """Say how it went: the table and where the numbers are, or a line for one part of several."""
+    console = Console(highlight=False)
+    if options.part and options.asked:
+        part = run["parts"][options.part]
+        words = "failed" if "error" in part else f"{part['step_ms']:.1f} ms a step"
+        console.print(f"{options.part}: {words}")
+        return
+    show(run, console)
+    if options.output:
+        print(f"written: {options.output}", flush=True)
+
+
 def show(run: Mapping[str, Any], console: Console) -> None:
     """The run as a table, a row for each part; what its columns are stands below it."""
     parts = run["parts"]
@@ -130,9 +144,9 @@ def show(run: Mapping[str, Any], console: Console) -> None:
 def _show_pool(parts: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     """The placements side by side: the pool's bytes, what crosses stages, the bubble, time against the first."""
     table = Table(header_style="bold")
-    table.add_column("placement")
+    table.add_column("placement", no_wrap=True, min_width=len("placement"))
     for name in ("pool GiB", "across GiB", "expected", "copies GiB", "bubble", "ideal", "time"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for name, part in parts.items():
         sent, expected = part["sent_gib"] or {"across": None}, part["sent_gib_expected"]
         table.add_row(

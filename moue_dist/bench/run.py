@@ -97,11 +97,7 @@ def run(config: Config, place: Place, options: BenchOptions) -> int:
             if path and leader:
                 result.write(path, [*earlier, record])
         if leader:
-            from rich.console import Console
-
-            result.show(record, Console(highlight=False))
-            if path:
-                print(f"written: {path}", flush=True)
+            result.tell(record, options)
         dist.barrier(group=world)
     return int(any("error" in part for part in record["parts"].values()))
 
@@ -124,8 +120,9 @@ def _read_batches(config: Config, place: Place, steps: int, world: Any) -> list[
 
 def describe(setting: Setting) -> dict[str, Any]:
     options = asdict(setting.options)
+    asked, _ = options.pop("asked"), options.pop("part")
     return {
-        "command": shlex.join(["moue", *sys.argv[1:]]),
+        "command": asked or shlex.join(["moue", *sys.argv[1:]]),
         "note": options.pop("note"),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -99,6 +99,9 @@ def test_placements_stand_side_by_side(tmp_path: Path) -> None:
     assert 0 < home["sent_gib"]["across"] == pytest.approx(home["sent_gib_expected"]["across"], rel=0.3)
     assert 0 < home["bubble"] < 1 and home["bubble_ideal"] == pytest.approx(1 / 5)
     assert "time against the" in done.stdout
+    assert done.stdout.count("ms/step") == 1 and "replicate: " in done.stdout, "one table, after the parts"
+    assert run["command"].endswith("--parallel.expert-parallel 1") and "--part" not in run["command"]
+    assert done.stderr == ""
 
 
 def test_one_rank_of_many_is_measured_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
