@@ -232,6 +232,32 @@ def test_all_stages_post_the_same_collectives_in_the_same_order(
     _pair_up(wires)
 
 
+def test_a_layer_that_runs_again_takes_the_experts_of_its_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding may choose otherwise the second time, and then sizes and rows would not be those that were sent."""
+
+    class Fickle(Stage):
+        def layer(self, x: Tensor, j: int) -> Tensor:
+            taken = self.service.replayed(j)
+            if taken is None:
+                choice = torch.tensor([[len(self.chosen) % 2]])
+                self.chosen.append(choice)
+            else:
+                choice = taken
+                self.again.append(taken)
+            y = self.service.exchange(x.view(1, D), choice, x.new_ones(1, 1), self.table, j)
+            return x + y.view_as(x)
+
+        chosen: list[Tensor] = []  # noqa: RUF012  one test, one stage
+        again: list[Tensor] = []  # noqa: RUF012
+
+    monkeypatch.setattr(lockstep, "dist", Wire(1))
+    monkeypatch.setattr(lockstep_pipeline, "dist", Wire(1))
+    monkeypatch.setattr(__name__ + ".Stage", Fickle)
+    run_stage(1, (1, 1), 5, 1, True, 1)
+    assert [int(c) for c in Fickle.chosen] == [0, 1, 0, 1, 0]
+    assert Fickle.again == Fickle.chosen
+
+
 def _pair_up(wires: list[Wire]) -> None:
     """Between neighbours, what one sends the other receives, the same number of times."""
     for a, b in zip(range(len(wires) - 1), range(1, len(wires)), strict=True):

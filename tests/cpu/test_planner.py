@@ -192,6 +192,21 @@ def test_no_assignment_is_more_local(stages: int, pool: int, ep: int) -> None:
         assert use[stage_of, np.arange(pool)].sum() == pytest.approx(most_local(use, ep))
 
 
+def test_home_is_most_local_where_every_expert_weighs_the_same() -> None:
+    for seed in range(12):
+        use = np.random.default_rng(seed).dirichlet(np.full(3, 0.3), 7).T  # every column sums to 1
+        placed = planner._home(use, 1)
+        own = servers(placed) == np.arange(3)[:, None]
+        assert float(use[own].sum()) == pytest.approx(most_local(use, 1)), f"seed {seed}"
+
+
+def test_a_heavy_stage_gives_experts_away() -> None:
+    """Stage 0 uses experts 0 and 1 a little more than stage 1 does, but together they are 0.7 of all work."""
+    shape = build_topology("full", 2, 4)
+    case = Case(shape, (0, 1), 2, 1, 1, ((40, 40, 10, 10), (30, 30, 20, 20)))
+    assert served(case.plan("home"), case.shares()).ravel() == pytest.approx([1, 1])
+
+
 @pytest.mark.parametrize("topology", ["full", "rotational"])
 @pytest.mark.parametrize(("pipeline", "ep"), [(4, 1), (2, 2), (4, 4)])
 def test_expected_tokens_are_even_over_cells(topology: str, pipeline: int, ep: int) -> None:

@@ -1,0 +1,48 @@
+"""The plan's bytes against peaks that were measured on a GPU: the records under benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moue_dist.bench.placements import variant
+from moue_dist.config import Config
+from moue_dist.devices import Device
+from moue_dist.load import load_config
+from moue_dist.memory import GIB
+from moue_dist.parallel.mesh import build_mesh
+from moue_dist.plan import build_plan
+from tests.ranks.spawn import ROOT
+
+H200 = Device("H200", (9, 0), 139.8)
+# Every part of a rank that was measured alone. Other records are older than what they would test.
+PARTS = [
+    (path.name, name)
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*_rank_alone.json"))
+    for name in json.loads(path.read_text())["runs"][-1]["parts"]
+]
+
+
+def config_of(run: dict[str, Any], folder: Path) -> Config:
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(run["config"]))
+    return load_config(file)
+
+
+def test_there_are_records() -> None:
+    assert len(PARTS) >= 7
+
+
+@pytest.mark.parametrize(("file", "name"), PARTS)
+def test_a_measured_peak_is_the_planned_one(file: str, name: str, tmp_path: Path) -> None:
+    run = json.loads((ROOT / "benchmarks" / "results" / file).read_text())["runs"][-1]
+    config = variant(config_of(run, tmp_path), name, run["world"])
+    at = build_mesh(run["world"], config.parallel).coords(run["rank"])
+    planned = build_plan(config, run["world"], H200).stages[at.pp].total_bytes / GIB
+    # A full pool is all of what a round may bring together, and the plan takes the worst moment of each part.
+    bound = 0.025 if (config.moe.topology, name) == ("full", "home") else 0.005
+    assert planned == pytest.approx(run["parts"][name]["memory_gib"], rel=bound)
