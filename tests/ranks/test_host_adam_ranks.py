@@ -95,3 +95,27 @@ def test_a_checkpoint_changes_sides(
     assert resumed[0].losses == pytest.approx(whole[0].losses[HALF:], rel=tolerance)
     want, got = parity.merge(whole, "final")["pool.weight"], parity.merge(resumed, "final")["pool.weight"]
     assert float((got - want).norm() / want.norm()) < tolerance
+
+
+def evaluated(config: Config) -> float:
+    """In a rank: the loss on the batch of one step, right after that step."""
+    from moue_dist.parallel import megatron
+    from moue_dist.step import evaluate, train_step
+
+    system = parity.build(config)
+    try:
+        tokens = parity.tokens_of(config, 1, SEED)[0]
+        batch = parity.microbatches(config, tokens, system.coord.dp, system.mesh.data)
+        train_step(system, batch, 0)
+        return evaluate(system, [batch])
+    finally:
+        system.shared.finish()
+        megatron.shut_down()
+
+
+@pytest.mark.timeout(BUILD)
+def test_an_evaluation_waits_for_the_update(ranks: Ranks) -> None:
+    layout, model = "pp2 dp2", "unipool"
+    device = ranks(4).run(evaluated, config_of(layout, model), timeout=BUILD)
+    host = ranks(4).run(evaluated, config_of(layout, model, pool_optimizer="host"), timeout=BUILD)
+    assert host == pytest.approx(device, rel=1e-7)
