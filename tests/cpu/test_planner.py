@@ -1,48 +1,32 @@
-"""The planner's properties: what every placement must keep, what it costs, and what `moue plan` says of it."""
+"""The planner's properties: what every placement must keep, and how good it is.
+
+What a placement costs is `test_costs.py`, what a plan says of it `test_plan_placement.py`.
+"""
 
 from __future__ import annotations
 
 import itertools
-import json
-import re
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moue_dist.cli import main
-from moue_dist.config import ConfigError
-from moue_dist.devices import Device
-from moue_dist.load import load_config
 from moue_dist.model.topology import Topology, build_topology
 from moue_dist.parallel import planner
 from moue_dist.parallel.costs import (
-    COUNT_BYTES,
-    LANES,
     ExpertBytes,
     cell_bytes,
-    pieces_of_a_row,
-    row_wire_bytes,
     served,
     servers,
     stage_use,
-    step_traffic,
 )
 from moue_dist.parallel.hybrid import MAX_SETS, BudgetError
-from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.placement import Placement
 from moue_dist.parallel.planner import SLACK, plan_placement
-from moue_dist.place import place_pool
-from moue_dist.plan import build_plan
-from moue_dist.validate import validate
-from tests.ranks.spawn import ROOT
 
-TINY, SEVEN = (str(ROOT / "configs" / name) for name in ("tiny.yaml", "moue_7b.yaml"))
 EACH = ExpertBytes(row=24, weight=2, gradient=4, optimizer=12)
 
 
@@ -280,201 +264,3 @@ def test_64_by_64_in_under_a_second(kind: planner.Kind, topology: str, measured:
         seconds.append(time.process_time() - start)
     assert min(seconds) < 1.0
     assert placement.pool == 4096
-
-
-# What it costs
-
-
-@MANY
-@given(cases(), st.floats(0, 1.2))
-def test_bytes_are_those_of_the_gradient_buffers(case: Case, part: float) -> None:
-    """Against the real cut of shares, rank by rank; and every number of the optimizer's state exists once."""
-    from moue_dist.parallel.groups import ReplicaGroup
-    from moue_dist.parallel.pool_sync import Span
-
-    for placement in (case.plan("replicate"), case.plan("hybrid", budgets(case, part))):
-        found = cell_bytes(placement, EACH, case.expert_data)
-        unit = EACH.row // pieces_of_a_row(placement, case.expert_data, EACH.row)
-        everything = 0
-        for stage, ep in itertools.product(range(case.pipeline), range(case.ep)):
-            rows = len(placement.rows(stage, ep))
-            assert found["weights"][stage, ep] == rows * EACH.row * 2
-            assert found["gradients"][stage, ep] == rows * EACH.row * 4
-            by_rank = []
-            for replica in range(case.expert_data):
-                mine = 0
-                for s in placement.segments(stage, ep):
-                    size = len(s.stages) * case.expert_data
-                    me = s.stages.index(stage) * case.expert_data + replica
-                    share = -(-(s.stop - s.start) * (EACH.row // unit) // size) * unit
-                    a, b = Span(s.start * EACH.row, s.stop * EACH.row, share, ReplicaGroup(None, size, me)).mine
-                    mine += b - a
-                by_rank.append(mine)
-            assert found["optimizer"][stage, ep] == max(by_rank) * 12
-            everything += sum(by_rank)
-        assert everything == case.topology.pool * EACH.row
-
-
-@MANY
-@given(cases(), st.floats(0, 1), st.integers(1, 9), st.booleans())
-def test_traffic_is_what_counting_every_message_gives(case: Case, part: float, microbatches: int, lean: bool) -> None:
-    """Against a walk over all rows of all ranks and all rounds of the schedule that the run uses."""
-    from moue_dist.parallel.lockstep_schedule import Schedule
-
-    placement = case.plan("hybrid", budgets(case, part))
-    use, rows, hidden, number = case.shares(), 10**6, 8, 2
-    layers = [Counter(case.stages)[s] for s in range(case.pipeline)]
-    row = row_wire_bytes(hidden, number, lock_step=True, recompute=lean)
-    assert row == hidden * number * (5 if lean else 4) + LANES
-    found = step_traffic(
-        placement, use, rows=rows, row_bytes=row, layers=layers, microbatches=microbatches, each=EACH,
-        expert_data=case.expert_data, lock_step=True, recompute=lean,
-    )  # fmt: skip
-    across = within = here = 0.0
-    for s, e, source in itertools.product(range(case.pipeline), range(case.topology.pool), range(case.ep)):
-        size = use[s, e] * rows / case.ep * row
-        if placement.server(e, s) != s:
-            across += size
-        elif placement.columns[e] != source:
-            within += size
-        else:
-            here += size
-    rounds = len(Schedule(case.pipeline, microbatches).forward_slots) * max(layers)
-    width = max(len(placement.rows(s, c)) for s in range(case.pipeline) for c in range(case.ep))
-    ranks = case.pipeline * case.ep * case.expert_data
-    across += rounds * ranks * (case.pipeline - 1) * case.ep * width * COUNT_BYTES
-    within += rounds * ranks * (case.ep - 1) * width * COUNT_BYTES
-    here += rounds * ranks * width * COUNT_BYTES
-    assert (found.across, found.within, found.here) == pytest.approx((across, within, here), rel=1e-6, abs=2)
-    assert 0 <= found.local_tokens <= 1 and 0 <= found.local_experts <= 1
-    assert (found.across == 0) == (case.pipeline == 1)
-
-
-@given(cases())
-@settings(max_examples=60, deadline=None)
-def test_replicas_send_what_a_ring_sends(case: Case) -> None:
-    placement, data = case.plan("replicate"), case.expert_data
-    found = step_traffic(
-        placement, case.shares(), rows=1, row_bytes=1, layers=[1], microbatches=1, each=EACH, expert_data=data,
-        lock_step=False,
-    )  # fmt: skip
-    total = across = 0.0
-    for at in placement.holders:
-        ranks = [(s, r) for s in at for r in range(data)]
-        for a, b in itertools.permutations(ranks, 2):  # each sends each its share, of gradients and then of weights
-            size = EACH.row * (4 + 2) / len(ranks)
-            total += size
-            across += size if a[0] != b[0] else 0
-    assert (found.sync_across, found.sync_across + found.sync_within) == pytest.approx((across, total))
-    assert found.across == 0 and found.local_tokens == 1
-
-
-# In a configuration
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ("--parallel.placement hybrid", "parallel.pool_budget_gib"),
-        ("--parallel.pool-budget-gib 1", "parallel.placement=hybrid"),
-        ("--parallel.lag 1", "parallel.placement=home"),
-        ("--parallel.replace-interval 5", "parallel.placement=home"),
-        ("--parallel.placement home --parallel.virtual-stages 2", "virtual_stages=1"),
-        ("--parallel.placement home --parallel.recompute selective", "use none or full"),
-        ("--parallel.placement home --train.precision fp8", "use bf16"),
-        ("--parallel.placement home --moe.pool 2 --moe.window 2 --moe.stride 1 --moe.top-k 1", "moe.pool=2 is smaller"),
-        ("--parallel.placement hybrid --parallel.pool-budget-gib 0.0001", "one home for each expert already takes"),
-    ],
-)
-def test_what_is_not_proven_is_refused_by_name(given: str, said: str) -> None:
-    config = load_config(TINY, given.split())
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        validate(config, 4, cuda=True, device=Device("H200", (9, 0), 139.8), transformer_engine=True)
-
-
-def test_home_divides_the_pool_of_the_full_topology() -> None:
-    given = ["--moe.topology", "full", "--moe.window", "0", "--moe.stride", "0", "--parallel.pipeline-parallel", "4"]
-    given += ["--parallel.expert-parallel", "1", "--parallel.placement"]
-    one, all_ = (build_plan(load_config(SEVEN, [*given, kind]), 4, H200) for kind in ("home", "replicate"))
-    for part in ("pool weights", "pool gradients"):
-        assert all(
-            4 * a.memory_bytes[part] == b.memory_bytes[part] for a, b in zip(one.stages, all_.stages, strict=True)
-        )
-    assert one.pool.traffic.local_tokens == pytest.approx(0.25)
-
-
-H200 = Device("H200", (9, 0), 139.8)
-
-
-@pytest.mark.parametrize("lag", [0, 1])
-def test_microbatches_in_flight_and_rows_kept_are_the_schedules(lag: int) -> None:
-    from moue_dist.parallel.lockstep_schedule import Schedule
-
-    given = "--parallel.pipeline-parallel 4 --parallel.expert-parallel 1 --train.global-batch-size 16"
-    config = load_config(SEVEN, [*given.split(), "--parallel.placement", "home", "--parallel.lag", str(lag)])
-    plan = build_plan(config, 4, H200)
-    schedule = Schedule(4, 16, lag)
-    assert [s.microbatches_in_flight for s in plan.stages] == [schedule.in_flight(s) for s in range(4)]
-    rows = sum(s.memory_bytes["rows kept for other ranks"] for s in plan.stages) / (2048 * 2)
-    # A lag of 1 runs both directions at once: an owner gives a layer's rows back before it takes another's.
-    whole = [schedule.in_flight(s) - lag for s in range(4)]
-    assert rows == sum(whole) * 4 * 4096 * 8, "every row is kept somewhere, once"
-    full = replace(config, parallel=replace(config.parallel, recompute="full"))
-    assert all(s.memory_bytes["rows kept for other ranks"] == 0 for s in build_plan(full, 4, H200).stages)
-
-
-def test_host_memory_takes_the_optimizer_from_the_gpu() -> None:
-    given = "--parallel.pipeline-parallel 1 --parallel.expert-parallel 1 --parallel.pool-optimizer host"
-    (stage,) = build_plan(load_config(SEVEN, given.split()), 1, H200).stages
-    pool = 1024 * 3 * 2048 * 1024
-    assert stage.memory_bytes["pool optimizer"] == 0
-    assert 12 * pool <= stage.host_bytes < 12 * pool + 2**28
-
-
-@pytest.mark.parametrize(
-    ("gib", "said"),
-    [
-        ("46", "parallel.placement=hybrid and parallel.pool_budget_gib="),
-        ("22", "parallel.pool_optimizer=host and parallel.recompute=full"),
-        ("5", "no change that was tried"),
-    ],
-)
-def test_a_misfit_names_the_cheapest_change(gib: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["plan", SEVEN, "--world", "4", "--parallel.pipeline-parallel", "4", "--parallel.expert-parallel", "1"]
-    assert main([*given, "--memory-gib", gib]) == 1
-    message = capsys.readouterr().err
-    assert said in message
-    if found := re.search(r"pool_budget_gib=([\d.]+)", message):  # what it names does fit
-        change = ["--parallel.placement", "hybrid", "--parallel.pool-budget-gib", found[1]]
-        assert main([*given, "--memory-gib", gib, *change]) == 0
-
-
-@pytest.mark.parametrize("kind", ["png", "svg"])
-def test_plan_tells_and_draws_the_placement(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "new" / f"pool.{kind}"
-    assert main(["plan", TINY, "--parallel.placement", "home", "--picture", str(file)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for part in ("pool traffic of a step, placement home", "stage-local:", "replicate", "hybrid of", "rows kept"):
-        assert part in shown
-    first = file.read_bytes()
-    assert first.startswith(b"\x89PNG" if kind == "png" else b"<svg")
-    assert main(["plan", TINY, "--parallel.placement", "home", "--picture", str(file), "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert [c["placement"] for c in plan["pool"]["choices"]] == ["replicate", "home", "hybrid"]
-    assert file.read_bytes() == first
-    assert main(["plan", TINY, "--picture", str(tmp_path / "pool.pdf")]) == 2
-    assert "--picture" in capsys.readouterr().err
-
-
-def test_the_ring_shows_who_holds_what() -> None:
-    from moue_dist.place import stages_of_moe_layers
-    from moue_dist.report.ring import describe_ring, draw_ring
-
-    config = load_config(TINY, ["--parallel.placement", "home"])
-    mesh = build_mesh(4, config.parallel)
-    stages, placement = stages_of_moe_layers(config, mesh), place_pool(config, mesh)
-    said = describe_ring(config.topology(), stages, placement)
-    assert f"{config.moe.pool} copies in all, at most 1 of one" in said
-    bare, full = (draw_ring(config.topology(), stages, p).axes[0] for p in (None, placement))
-    assert len(full.collections) == len(bare.collections) + 1
-    assert len(full.collections[-1].get_paths()) == config.moe.pool
