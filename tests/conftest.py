@@ -42,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--matrix", action="store_true", help="every placement x pipeline x expert ranks x microbatches x recompute"
     )
+    parser.addoption("--random", type=int, default=0, metavar="N", help="N layouts of home and hybrid at random")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -229,6 +229,10 @@ class Watched(Reference):
         return routing
 
 
+class NearTies(AssertionError):
+    """No data was found on which every choice is clear."""
+
+
 @dataclass
 class Yardstick:
     """The reference's run of a configuration, the same for every layout."""
@@ -265,4 +269,4 @@ def run_reference(config: Config, initial: dict[str, Tensor], kill: Iterable[int
         if model.closest > CLOSEST:
             final = {name: p.detach() for name, p in model.weights.items()}
             return Yardstick(seed, initial, losses, record, final, model.bias_p)
-    raise AssertionError("every seed has a near tie")
+    raise NearTies("every seed has a near tie")

@@ -2,13 +2,15 @@
 
 As `test_parity.py`, with tokens that travel across stages in lock step. `mN` in a layout is the number of microbatches
 of a step: 1, fewer than stages, as many, and more than two rounds of the pipeline. With `--matrix` all combinations run
-besides (`matrix`), which takes some ten minutes on two cores.
+besides (`matrix`), which takes some six minutes on two cores; with `--random N` so do N layouts of all that may meet,
+of all models (`at_random`), some four seconds each.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -16,13 +18,14 @@ from functools import cached_property
 import pytest
 import torch
 
-from moue_dist.config import Config
+from moue_dist.config import Config, ConfigError
 from moue_dist.validate import validate
 from tests.ranks import parity
-from tests.ranks.cases import Case
+from tests.ranks.cases import MODELS, Case
 from tests.ranks.spawn import RankPool
 
 TOLERANCE = 1e-5
+LOOSE = 5e-5  # at random: some model and batch are 2e-5 from the reference on one rank already
 GIB = 2**30
 PLACEMENTS = ("replicate", "home", "hybrid")
 
@@ -84,9 +87,31 @@ def matrix() -> list[tuple[str, str]]:
     return cases
 
 
+def at_random(number: int, seed: int = 0) -> list[tuple[str, str]]:
+    """`number` cases of home and hybrid on up to eight ranks, from all that a layout and a model may have; the same for
+    the same seed."""
+    draw, cases = random.Random(seed), {}
+    while len(cases) < number:
+        pp, ep, tp = draw.choice((1, 2, 4)), draw.choice((1, 2)), draw.choice((1, 1, 2))
+        dp = draw.choice((1, 2)) * max(1, ep // tp)
+        words = [f"{name}{n}" for name, n in (("pp", pp), ("ep", ep), ("dp", dp), ("tp", tp)) if n > 1]
+        words += [draw.choice(("home", "hybrid")), f"m{draw.choice((1, max(1, pp - 1), pp, pp + 1, 2 * pp + 1))}"]
+        extras = ("full", "lag1", "overlap", "plain", "mb2", f"merge{draw.choice((2, 3, 4))}")
+        words += [word for word in extras if draw.random() < 0.4]
+        case = PlacedCase(" ".join(words), draw.choice(list(MODELS)))
+        try:
+            validate(case.config, case.world, cuda=False)
+        except ConfigError:
+            continue
+        if case.world <= 8:
+            cases[case.layout, case.model] = None
+    return list(cases)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "layout" in metafunc.fixturenames:
-        cases = {*CASES, *(matrix() if metafunc.config.getoption("matrix") else ())}
+        option = metafunc.config.getoption
+        cases = {*CASES, *(matrix() if option("matrix") else ()), *at_random(option("random"))}
         in_order = sorted(cases, key=lambda case: (PlacedCase(*case).world, case))
         metafunc.parametrize(("layout", "model"), in_order, ids=lambda word: word.replace(" ", "_"))
 
@@ -112,14 +137,20 @@ def test_a_placement_trains_what_one_process_trains(
 ) -> None:
     case = PlacedCase(layout, model)
     validate(case.config, case.world, cuda=False)
-    truth = yardstick(case)
+    chosen = (layout, model) in CASES or (layout, model) in matrix()
+    try:
+        truth = yardstick(case)
+    except parity.NearTies:
+        assert not chosen
+        pytest.skip("no data on which every choice of an expert is clear")
+    tolerance = TOLERANCE if chosen else LOOSE
     parts = ranks(case.world).run(parity.train, case.config, truth.seed, kill=case.kill)
     for part in parts:
-        assert part.losses == pytest.approx(truth.losses, rel=TOLERANCE)
-        assert part.norms == pytest.approx([r["grad_norm"] for r in truth.record], rel=TOLERANCE)
+        assert part.losses == pytest.approx(truth.losses, rel=tolerance)
+        assert part.norms == pytest.approx([r["grad_norm"] for r in truth.record], rel=tolerance)
         for step, counts in enumerate(part.counts):
             assert torch.equal(counts.long(), truth.record[step]["counts_lp"]), f"counts of step {step}"
     final = parity.merge(parts, "final")
     assert final.keys() == truth.final.keys()
     errors = {n: float((w - truth.final[n]).norm() / truth.final[n].norm()) for n, w in final.items()}
-    assert {n: e for n, e in errors.items() if not e < TOLERANCE} == {}
+    assert {n: e for n, e in errors.items() if not e < tolerance} == {}
