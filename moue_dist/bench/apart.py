@@ -21,10 +21,10 @@ def measure_apart(options: BenchOptions, command: str, start: Callable[[BenchOpt
     with tempfile.TemporaryDirectory() as folder:
         path = Path(options.output or Path(folder) / "result.json")
         before, codes = _written(path), []
-        for i, name in enumerate(options.parts):
-            first = i == 0
+        for name in options.parts:
+            begun = _written(path) != before  # not where the parts so far ended without a word
             part = replace(options, output=str(path), part=name, asked=command)
-            codes.append(start(replace(part, append=options.append and first, join=options.join or not first)))
+            codes.append(start(replace(part, append=options.append and not begun, join=options.join or begun)))
             if codes[-1] == BAD_CONFIGURATION:
                 return BAD_CONFIGURATION
         if _written(path) != before:

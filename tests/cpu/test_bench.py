@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from moue_dist.bench import result
+from moue_dist.bench.apart import measure_apart
 from moue_dist.bench.options import BenchOptions
 from moue_dist.cli import main
 from moue_dist.config import Config, ConfigError, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
@@ -142,6 +143,31 @@ def test_options_survive_the_way_to_the_ranks() -> None:
     known, rest = _parser().parse_known_args(["bench", "step", "c.yaml", *options.as_words(), "--train.seed", "1"])
     assert {name: getattr(known, name) for name in vars(options)} == vars(options)
     assert rest == ["--train.seed", "1"]
+
+
+def test_parts_join_the_run_that_they_belong_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first part ends without a word, as a rank that is killed does: the second begins the run."""
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"runs": ["an older run"]}))
+    asked = []
+
+    def start(part: BenchOptions) -> int:
+        asked.append((part.part, part.append, part.join))
+        if part.part == "home":
+            path.write_text(json.dumps({"runs": [run]}))
+        return int(part.part == "replicate")
+
+    numbers = result.numbers(Config(), 1, "CPU", [5.0], losses=[1.0], load={"layer_max_over_mean": 1.0})
+    numbers |= {"memory_gib": None, "planned_gib": None, "sent_gib": None, "sent_gib_expected": {"across": 0.0}}
+    numbers |= {"pool_gib": 1.0, "copies_gib_expected": {"across": 0.0}, "bubble": None, "bubble_ideal": 0.5}
+    run = {"parts": {"home": numbers}, "world": 1, "config": {"name": "x"}, "machine": {}, "ratio": None}
+    options = BenchOptions(output=str(path), placements="replicate,home,hybrid")
+    assert measure_apart(options, "moue bench step", start) == 1
+    assert asked == [("replicate", False, False), ("home", False, False), ("hybrid", False, True)]
+    assert "home" in capsys.readouterr().out
+    asked.clear()
+    assert measure_apart(options, "moue bench step", lambda part: 1) == 1
+    assert capsys.readouterr().out == "", "an older run of the file is not shown as if it were this one"
 
 
 def test_a_file_of_other_things_is_not_overwritten(tmp_path: Path) -> None:
