@@ -134,7 +134,7 @@ def _one_use(config: Config, device: torch.device) -> Floats | None:
     use = measured_use(config)
     if use is None:
         return None
-    counts = torch.from_numpy(use).to(device)
+    counts = torch.tensor(use, device=device)
     dist.broadcast(counts, 0)  # over all ranks; megatron-core's messages between stages have not begun
     return counts.cpu().numpy()
 

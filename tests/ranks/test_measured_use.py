@@ -132,6 +132,18 @@ def test_what_does_not_fit_is_refused_by_name(counts_lp: torch.Tensor | None, sa
     assert f"parallel.measured_use={folder}" in str(refused.value)
 
 
+def test_a_run_that_goes_on_is_read_again(tmp_path: Path) -> None:
+    config = at_home(Case("pp2", "moue").config, measured_use=str(tmp_path / "run"))
+    inside = torch.zeros(4, 16)
+    for layer, window in enumerate(config.topology().windows):
+        inside[layer, list(window)] = 1
+    for tokens in (10, 2000):
+        counted(tmp_path / "run", tokens * inside)
+        found = measured_use(config)
+        assert found is not None and found is measured_use(config), "read once"
+        assert found.max() == tokens
+
+
 def test_it_means_nothing_to_replicas() -> None:
     config = at_home(Case("pp2", "moue").config, placement="replicate", measured_use="runs/x")
     with pytest.raises(ConfigError, match=r"measured_use=runs/x is only for parallel.placement=home or hybrid"):
