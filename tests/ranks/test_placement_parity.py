@@ -3,7 +3,7 @@
 As `test_parity.py`, with tokens that travel across stages in lock step. `mN` in a layout is the number of microbatches
 of a step: 1, fewer than stages, as many, and more than two rounds of the pipeline. With `--matrix` all combinations run
 besides (`matrix`), which takes some six minutes on two cores; with `--random N` so do N layouts of all that may meet,
-of all models (`at_random`), some four seconds each.
+of all models (`at_random`), some two seconds each.
 """
 
 from __future__ import annotations
