@@ -24,10 +24,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moue_dist.config import Config, ConfigError
-from moue_dist.parallel import cpu_host, megatron, megatron_layers
+from moue_dist.parallel.megatron import adapter as megatron
+from moue_dist.parallel.megatron import cpu_host
+from moue_dist.parallel.megatron import layers as megatron_layers
 from moue_dist.parallel.mesh import Mesh
-from moue_dist.resolve import Resolved
-from moue_dist.schedules import learning_rate
+from moue_dist.refusals.machine import Resolved
+from moue_dist.training.schedules import learning_rate
 
 Batch = Mapping[str, Tensor]  # tokens, labels, position_ids, each [b, s] int64
 

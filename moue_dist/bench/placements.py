@@ -10,16 +10,16 @@ import torch.distributed as dist
 
 from moue_dist.bench.result import PLACEMENTS
 from moue_dist.config import Config, ConfigError
-from moue_dist.measured_use import measured_use
-from moue_dist.memory import GIB
+from moue_dist.measuring.measured_use import measured_use
+from moue_dist.measuring.slots import Lane, Step, bubble, ideal_bubble
 from moue_dist.parallel.mesh import build_mesh
-from moue_dist.parallel.timeline import Timeline, clock_of
-from moue_dist.place import place_pool
-from moue_dist.plan_pool import expected_traffic, pool_bytes, with_placement
-from moue_dist.report.slots import Lane, Step, bubble, ideal_bubble
+from moue_dist.parallel.placement.of_config import place_pool
+from moue_dist.parallel.recording.timeline import Timeline, clock_of
+from moue_dist.planning.memory import GIB
+from moue_dist.planning.pool import expected_traffic, pool_bytes, with_placement
 
 if TYPE_CHECKING:  # megatron-core, which a CPU host prepares for first
-    from moue_dist.build import System
+    from moue_dist.model.build import System
 
 
 def variant(config: Config, part: str, world: int) -> Config:

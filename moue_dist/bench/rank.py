@@ -17,14 +17,14 @@ from moue_dist.bench import result
 from moue_dist.bench.options import BenchOptions
 from moue_dist.bench.placements import variant
 from moue_dist.config import Config, ConfigError
-from moue_dist.parallel import cpu_host
+from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.rehearsal import Link, rehearse
-from moue_dist.train import Place, resolve
+from moue_dist.training.run import Place, resolve
 
 if TYPE_CHECKING:  # megatron-core, which a CPU host prepares for first
-    from moue_dist.build import System
-    from moue_dist.parallel.lockstep import ExpertService
+    from moue_dist.model.build import System
+    from moue_dist.parallel.lockstep.service import ExpertService
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from moue_dist.bench.options import BenchOptions
 from moue_dist.config import Config, ConfigError
-from moue_dist.flops import flops_per_token
-from moue_dist.metrics import StepMeter
+from moue_dist.measuring.metrics import StepMeter
+from moue_dist.planning.flops import flops_per_token
 
 PARTS = ("ours", "baseline")
 PLACEMENTS = ("replicate", "home", "hybrid")

@@ -26,15 +26,15 @@ from moue_dist.bench import result
 from moue_dist.bench.options import BenchOptions
 from moue_dist.bench.placements import pool_facts, variant
 from moue_dist.config import Config, ConfigError
-from moue_dist.devices import Device
-from moue_dist.memory import GIB
-from moue_dist.parallel import cpu_host
+from moue_dist.config.devices import Device
+from moue_dist.measuring.provenance import commit, machine, versions
+from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.rehearsal import BACKEND
-from moue_dist.plan import build_plan
-from moue_dist.provenance import commit, machine, versions
-from moue_dist.resolve import Resolved
-from moue_dist.train import Place, process_group, resolve
+from moue_dist.planning.memory import GIB
+from moue_dist.planning.plan import build_plan
+from moue_dist.refusals.machine import Resolved
+from moue_dist.training.run import Place, process_group, resolve
 
 STRAGGLER_SECONDS = 120.0  # how long a rank waits for the others to say how a part ended
 
@@ -104,7 +104,7 @@ def run(config: Config, place: Place, options: BenchOptions) -> int:
 
 def _read_batches(config: Config, place: Place, steps: int, world: Any) -> list[list[dict[str, torch.Tensor]]]:
     """The first steps' microbatches of this data rank, as training reads them, all on the device."""
-    from moue_dist.data import Batches, build_datasets, data_folder, prepare_corpus
+    from moue_dist.data.datasets import Batches, build_datasets, data_folder, prepare_corpus
 
     mesh = build_mesh(place.world_size, config.parallel)
     folder = data_folder(config, Path(config.output).expanduser() / "bench")
@@ -172,7 +172,7 @@ def _one_line(error: Exception) -> str:
 
 def _give_back(keep: Sequence[Any]) -> None:
     """Forget megatron-core's groups and return every cached block to the device."""
-    from moue_dist.parallel import megatron
+    from moue_dist.parallel.megatron import adapter as megatron
 
     if fp8 := sys.modules.get("transformer_engine.pytorch.fp8"):
         fp8.FP8GlobalStateManager.reset()  # the next part's FP8 statistics are its own
@@ -183,9 +183,9 @@ def _give_back(keep: Sequence[Any]) -> None:
 
 def measure_ours(setting: Setting) -> dict[str, Any]:
     """The entry of moue-dist's own training step."""
-    from moue_dist.build import build_system
     from moue_dist.model.balance import load_summary
-    from moue_dist.step import StepResult, train_step
+    from moue_dist.model.build import build_system
+    from moue_dist.training.step import StepResult, train_step
 
     config, place = setting.config, setting.place
     system = build_system(config, place.rank, place.world_size, setting.resolved)
@@ -220,7 +220,7 @@ def measure_baseline(setting: Setting) -> dict[str, Any]:
     """The entry of megatron-core's own MoE; its load is that of one more step, which is not timed."""
     from moue_dist.bench import baseline
     from moue_dist.model.balance import load_summary
-    from moue_dist.parallel import megatron
+    from moue_dist.parallel.megatron import adapter as megatron
 
     config, place, grads = baseline.plain_form(setting.config), setting.place, setting.options.baseline_grads
     mesh = build_mesh(place.world_size, config.parallel)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moue_dist.config import BalanceConfig
-from moue_dist.model.topology import Topology
+from moue_dist.config.topology import Topology
 
 
 def visible_lp(topology: Topology, device: torch.device | str | None = None) -> Tensor:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from moue_dist.config import Config
-from moue_dist.kernels.permute import histogram
+from moue_dist.config.topology import Topology
+from moue_dist.kernels.rows.permute import histogram
 from moue_dist.model.balance import BalanceState, balance_weights
 from moue_dist.model.router import Routing, SharedRouter
-from moue_dist.model.topology import Topology
-from moue_dist.parallel.dispatch import AllToAllDispatcher
-from moue_dist.parallel.lockstep import ExpertService
-from moue_dist.parallel.pool import ExpertPool
+from moue_dist.parallel.dispatch.all_to_all import AllToAllDispatcher
+from moue_dist.parallel.lockstep.service import ExpertService
+from moue_dist.parallel.pool.pool import ExpertPool
 
 
 @dataclass

@@ -16,10 +16,10 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from moue_dist.config import Config
-from moue_dist.kernels.experts import expert_mlp
+from moue_dist.kernels.experts.mlp import expert_mlp
 from moue_dist.model.context import MoEContext
 from moue_dist.model.router import Router
-from moue_dist.parallel.dispatch import RouteTable
+from moue_dist.parallel.dispatch.all_to_all import RouteTable
 
 
 class MoELayer(MegatronModule):

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from moue_dist.measuring.run_folder import Run, number
 from moue_dist.report.html import Picture, count, show
-from moue_dist.report.runs import Run, number
 from moue_dist.report.style import (
     BLUE,
     GREEN,

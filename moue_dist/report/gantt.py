@@ -9,10 +9,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Literal
 
 from moue_dist.config import ConfigError
-from moue_dist.parallel.spans import Span
-from moue_dist.report.html import Picture, count, share, show
-from moue_dist.report.runs import Run, read_run
-from moue_dist.report.slots import (
+from moue_dist.measuring.run_folder import Run, read_run
+from moue_dist.measuring.slots import (
     WORK,
     Lane,
     Shares,
@@ -24,6 +22,8 @@ from moue_dist.report.slots import (
     read_steps,
     shares,
 )
+from moue_dist.parallel.recording.spans import Span
+from moue_dist.report.html import Picture, count, share, show
 from moue_dist.report.style import (
     BLUE,
     GOLD,

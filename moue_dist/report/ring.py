@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moue_dist.model.topology import Topology, build_topology
-from moue_dist.parallel.placement import Placement
+from moue_dist.config.topology import Topology, build_topology
+from moue_dist.parallel.placement.placement import Placement
 from moue_dist.report.style import GRID, INK, SOFT, new_figure, stage_colours, write_figure
 
 if TYPE_CHECKING:

@@ -11,16 +11,16 @@ from typing import Any
 import yaml
 
 from moue_dist.config import ConfigError
-from moue_dist.load import load_config
-from moue_dist.measured_use import measured_use
+from moue_dist.config.load import load_config
+from moue_dist.measuring.measured_use import measured_use
+from moue_dist.measuring.run_folder import Run, number, read_run
 from moue_dist.parallel.mesh import build_mesh
-from moue_dist.parallel.placement import Placement
-from moue_dist.place import place_pool
+from moue_dist.parallel.placement.of_config import place_pool
+from moue_dist.parallel.placement.placement import Placement
 from moue_dist.report import figures, html
 from moue_dist.report.gantt import picture_of_time
 from moue_dist.report.html import Picture, share, show
 from moue_dist.report.ring import describe_ring, draw_ring
-from moue_dist.report.runs import Run, number, read_run
 from moue_dist.report.usage import heat_map, latest_usage, pool_use
 
 

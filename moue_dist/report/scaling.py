@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moue_dist.config import ConfigError
+from moue_dist.measuring.run_folder import Run, read_run
 from moue_dist.report import figures, html
 from moue_dist.report.html import Picture, share, show
 from moue_dist.report.run_report import grid, peak_memory, write_text
-from moue_dist.report.runs import Run, read_run
 from moue_dist.report.style import BLUE, ORANGE, SOFT, legend, new_figure, style_axes
 
 if TYPE_CHECKING:

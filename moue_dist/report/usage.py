@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moue_dist.measuring.run_folder import Run
 from moue_dist.report.figures import SIZE, picture
 from moue_dist.report.html import Picture, count, show
-from moue_dist.report.runs import Run
 from moue_dist.report.style import BLUE, GRID, INK, ORANGE, SOFT, legend, new_figure, stage_colours, style_axes
 
 if TYPE_CHECKING:

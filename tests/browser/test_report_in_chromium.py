@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moue_dist.report.cli import main
+from moue_dist.cli.report import main
 from moue_dist.report.ring import write_pool_picture
 from tests.cpu.test_report import CONFIG, write_run
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moue_dist.config import BalanceConfig
+from moue_dist.config.topology import Topology, build_topology
 from moue_dist.model.balance import (
     BalanceState,
     balance_terms,
@@ -18,7 +19,6 @@ from moue_dist.model.balance import (
     target_share,
     visible_lp,
 )
-from moue_dist.model.topology import Topology, build_topology
 
 ROTATIONAL = build_topology("rotational", 4, 12, window=6, stride=2)  # exposures 1 to 3
 PLAIN = build_topology("private", 4, 12)

@@ -17,7 +17,7 @@ from moue_dist.bench.apart import measure_apart
 from moue_dist.bench.options import BenchOptions
 from moue_dist.cli import main
 from moue_dist.config import Config, ConfigError, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
-from moue_dist.flops import flops_per_token
+from moue_dist.planning.flops import flops_per_token
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -138,7 +138,7 @@ def test_the_rates_are_those_of_the_median_step() -> None:
 
 def test_options_survive_the_way_to_the_ranks() -> None:
     options = BenchOptions(steps=2, warmup=0, baseline=True, output="a b.json", note="--not an option")
-    from moue_dist.cli import _parser
+    from moue_dist.cli.main import _parser
 
     known, rest = _parser().parse_known_args(["bench", "step", "c.yaml", *options.as_words(), "--train.seed", "1"])
     assert {name: getattr(known, name) for name in vars(options)} == vars(options)

@@ -11,10 +11,10 @@ import pytest
 
 from moue_dist.cli import main
 from moue_dist.config import Config, ConfigError
-from moue_dist.devices import Device, describe_device, find_device, fp8_recipes
-from moue_dist.load import all_keys, dump_config, load_config
-from moue_dist.resolve import Resolved
-from moue_dist.validate import validate
+from moue_dist.config.devices import Device, describe_device, find_device, fp8_recipes
+from moue_dist.config.load import all_keys, dump_config, load_config
+from moue_dist.refusals.machine import Resolved
+from moue_dist.refusals.validate import validate
 from tests.ranks.spawn import ROOT
 
 TINY = str(ROOT / "configs" / "tiny.yaml")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from moue_dist.config import Config
-from moue_dist.devices import Device
-from moue_dist.flops import flops_per_token, parameters
-from moue_dist.load import load_config
+from moue_dist.config.devices import Device
+from moue_dist.config.load import load_config
 from moue_dist.parallel.mesh import build_mesh, smallest_world
-from moue_dist.plan import build_plan
+from moue_dist.planning.flops import flops_per_token, parameters
+from moue_dist.planning.plan import build_plan
 from tests.ranks.spawn import ROOT
 
 FOLDER = ROOT / "configs"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moue_dist.parallel.costs import (
+from moue_dist.parallel.placement.costs import (
     COUNT_BYTES,
     LANES,
     cell_bytes,
@@ -25,7 +25,7 @@ from tests.cpu.test_planner import EACH, MANY, Case, budgets, cases
 def test_bytes_are_those_of_the_gradient_buffers(case: Case, part: float) -> None:
     """Against the real cut of shares, rank by rank; and every number of the optimizer's state exists once."""
     from moue_dist.parallel.groups import ReplicaGroup
-    from moue_dist.parallel.pool_sync import Span
+    from moue_dist.parallel.pool.synced import Span
 
     for placement in (case.plan("replicate"), case.plan("hybrid", budgets(case, part))):
         found = cell_bytes(placement, EACH, case.expert_data)
@@ -54,7 +54,7 @@ def test_bytes_are_those_of_the_gradient_buffers(case: Case, part: float) -> Non
 @given(cases(), st.floats(0, 1), st.integers(1, 9), st.booleans())
 def test_traffic_is_what_counting_every_message_gives(case: Case, part: float, microbatches: int, lean: bool) -> None:
     """Against a walk over all rows of all ranks and all rounds of the schedule that the run uses."""
-    from moue_dist.parallel.lockstep_schedule import Schedule
+    from moue_dist.parallel.lockstep.schedule import Schedule
 
     placement = case.plan("hybrid", budgets(case, part))
     use, rows, hidden, number = case.shares(), 10**6, 8, 2

@@ -16,8 +16,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moue_dist.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
-from moue_dist.corpus import find_corpus
-from moue_dist.data import Batches, _sample_index, build_datasets, data_folder, prepare_corpus
+from moue_dist.data.corpus import find_corpus
+from moue_dist.data.datasets import Batches, _sample_index, build_datasets, data_folder, prepare_corpus
 
 S = 16  # sequence length
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from moue_dist.cli import _parser
+from moue_dist.cli.main import _parser
+from moue_dist.cli.report import build_parser
 from moue_dist.config import ConfigError
-from moue_dist.load import all_keys, load_config
-from moue_dist.report.cli import build_parser
+from moue_dist.config.load import all_keys, load_config
 from tests.ranks.spawn import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])

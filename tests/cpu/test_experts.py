@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from moue_dist.config import ConfigError
 from moue_dist.kernels.backend import has_transformer_engine, resolve_experts
-from moue_dist.kernels.experts import ExpertSlab, expert_mlp
-from moue_dist.kernels.grouped_gemm import LoopGemm, accumulate
-from moue_dist.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward, swiglu_weighted_backward
-from moue_dist.kernels.wgrad import WeightGradients, add_weight_gradients
+from moue_dist.kernels.experts.grouped_gemm import LoopGemm, accumulate
+from moue_dist.kernels.experts.mlp import ExpertSlab, expert_mlp
+from moue_dist.kernels.experts.swiglu import swiglu, swiglu_backward, swiglu_forward, swiglu_weighted_backward
+from moue_dist.kernels.experts.wgrad import WeightGradients, add_weight_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 

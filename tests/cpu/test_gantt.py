@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 
 from moue_dist.cli import main
-from moue_dist.parallel.spans import Span
-from moue_dist.report import gantt
-from moue_dist.report.html import escape
-from moue_dist.report.run_report import write_run_report
-from moue_dist.report.slots import (
+from moue_dist.measuring.slots import (
     Lane,
     Shares,
     Step,
@@ -25,6 +21,10 @@ from moue_dist.report.slots import (
     read_steps,
     shares,
 )
+from moue_dist.parallel.recording.spans import Span
+from moue_dist.report import gantt
+from moue_dist.report.html import escape
+from moue_dist.report.run_report import write_run_report
 from moue_dist.report.style import to_svg
 from tests.cpu.test_report import Page, write_run
 

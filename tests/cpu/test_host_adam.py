@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from moue_dist.config import Config, ConfigError, MoEConfig, OptimizerConfig, ParallelConfig
-from moue_dist.parallel import cpu_host, host_adam, host_operator
 from moue_dist.parallel.groups import ReplicaGroup
-from moue_dist.parallel.host_adam import HostAdam
-from moue_dist.parallel.host_limits import CHUNK, HostLimits, adam_bytes, divide
-from moue_dist.parallel.host_operator import build_folder, load_operator
-from moue_dist.parallel.pool_sync import SharedOptimizer, SyncedBuffer, check_replicas
-from moue_dist.validate import validate
+from moue_dist.parallel.megatron import cpu_host
+from moue_dist.parallel.pool import host_adam, host_operator
+from moue_dist.parallel.pool.host_adam import HostAdam
+from moue_dist.parallel.pool.host_limits import CHUNK, HostLimits, adam_bytes, divide
+from moue_dist.parallel.pool.host_operator import build_folder, load_operator
+from moue_dist.parallel.pool.synced import SharedOptimizer, SyncedBuffer, check_replicas
+from moue_dist.refusals.validate import validate
 from tests.host_adam import needs_operator
 from tests.ranks.spawn import ROOT
 
@@ -240,7 +241,7 @@ def test_a_killed_build_holds_nobody_up() -> None:
     load_operator()
     left = build_folder() / "lock"
     left.touch()
-    program = "from moue_dist.parallel.host_operator import load_operator; load_operator()"
+    program = "from moue_dist.parallel.pool.host_operator import load_operator; load_operator()"
     try:
         subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, timeout=60)
         assert not left.exists()

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moue_dist.kernels.experts import ExpertSlab
-from moue_dist.parallel import lockstep, lockstep_pipeline
-from moue_dist.parallel.lockstep import ExpertService
-from moue_dist.parallel.lockstep_pipeline import LockstepPipeline
-from moue_dist.parallel.lockstep_schedule import LockstepError, Schedule
-from moue_dist.parallel.placement import Placement
+from moue_dist.kernels.experts.mlp import ExpertSlab
+from moue_dist.parallel.lockstep import pipeline as lockstep_pipeline
+from moue_dist.parallel.lockstep import service as lockstep
+from moue_dist.parallel.lockstep.pipeline import LockstepPipeline
+from moue_dist.parallel.lockstep.schedule import LockstepError, Schedule
+from moue_dist.parallel.lockstep.service import ExpertService
+from moue_dist.parallel.placement.placement import Placement
 
 D = 4  # hidden size
 

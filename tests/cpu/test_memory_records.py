@@ -11,11 +11,11 @@ import yaml
 
 from moue_dist.bench.placements import variant
 from moue_dist.config import Config
-from moue_dist.devices import Device
-from moue_dist.load import load_config
-from moue_dist.memory import GIB
+from moue_dist.config.devices import Device
+from moue_dist.config.load import load_config
 from moue_dist.parallel.mesh import build_mesh
-from moue_dist.plan import build_plan
+from moue_dist.planning.memory import GIB
+from moue_dist.planning.plan import build_plan
 from tests.ranks.spawn import ROOT
 
 H200 = Device("H200", (9, 0), 139.8)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moue_dist.metrics import MetricsLog, Rates, StepMeter, peak_rate
-from moue_dist.power import PowerMeter, PowerReading
-from moue_dist.progress import Progress
+from moue_dist.measuring.metrics import MetricsLog, Rates, StepMeter, peak_rate
+from moue_dist.measuring.power import PowerMeter, PowerReading
+from moue_dist.measuring.progress import Progress
 
 RATES = Rates(0.5, 1000.0, 0.25, None, "unknown device 'cpu': no peak rate")
 

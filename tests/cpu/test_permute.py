@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moue_dist.kernels.permute import combine, gather_dot, gather_rows, gather_sum, permute
+from moue_dist.kernels.rows.permute import combine, gather_dot, gather_rows, gather_sum, permute
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moue_dist.parallel.placement import Placement, Segment, common_pieces, replicate, spans
+from moue_dist.parallel.placement.placement import Placement, Segment, common_pieces, replicate, spans
 
 RELAXED = settings(max_examples=150, deadline=None)  # shared CI machines stall
 

@@ -12,14 +12,14 @@ import pytest
 
 from moue_dist.cli import main
 from moue_dist.config import Config, ParallelConfig
-from moue_dist.devices import Device, find_device
-from moue_dist.flops import flops_per_token, parameters
-from moue_dist.load import load_config
-from moue_dist.memory import GIB, Share, chunks_in_flight, dense_parameters
+from moue_dist.config.devices import Device, find_device
+from moue_dist.config.load import load_config
 from moue_dist.parallel.mesh import Mesh, build_mesh, layers_of_rank, smallest_world, stage_layout
-from moue_dist.plan import build_plan, ranges
-from moue_dist.resolve import Resolved
-from moue_dist.validate import validate
+from moue_dist.planning.flops import flops_per_token, parameters
+from moue_dist.planning.memory import GIB, Share, chunks_in_flight, dense_parameters
+from moue_dist.planning.plan import build_plan, ranges
+from moue_dist.refusals.machine import Resolved
+from moue_dist.refusals.validate import validate
 from tests.ranks.spawn import ROOT, RankPool
 from tests.reference import parameter_shapes
 
@@ -124,11 +124,11 @@ def built(config: Config) -> Built:
     """In a rank: build the real thing and count."""
     import torch.distributed as dist
 
-    from moue_dist.parallel import cpu_host
+    from moue_dist.parallel.megatron import cpu_host
 
     cpu_host.install()
-    from moue_dist.build import build_system
-    from moue_dist.parallel import megatron
+    from moue_dist.model.build import build_system
+    from moue_dist.parallel.megatron import adapter as megatron
 
     system = build_system(config, dist.get_rank(), dist.get_world_size(), Resolved("cpu", False, "loop", None))
     try:

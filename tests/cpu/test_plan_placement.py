@@ -11,12 +11,12 @@ import pytest
 
 from moue_dist.cli import main
 from moue_dist.config import ConfigError
-from moue_dist.devices import Device
-from moue_dist.load import load_config
+from moue_dist.config.devices import Device
+from moue_dist.config.load import load_config
 from moue_dist.parallel.mesh import build_mesh
-from moue_dist.place import place_pool
-from moue_dist.plan import build_plan
-from moue_dist.validate import validate
+from moue_dist.parallel.placement.of_config import place_pool
+from moue_dist.planning.plan import build_plan
+from moue_dist.refusals.validate import validate
 from tests.ranks.spawn import ROOT
 
 TINY, SEVEN = (str(ROOT / "configs" / name) for name in ("tiny.yaml", "moue_7b.yaml"))
@@ -58,7 +58,7 @@ H200 = Device("H200", (9, 0), 139.8)
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_microbatches_in_flight_and_rows_kept_are_the_schedules(lag: int) -> None:
-    from moue_dist.parallel.lockstep_schedule import Schedule
+    from moue_dist.parallel.lockstep.schedule import Schedule
 
     given = "--parallel.pipeline-parallel 4 --parallel.expert-parallel 1 --train.global-batch-size 16"
     config = load_config(SEVEN, [*given.split(), "--parallel.placement", "home", "--parallel.lag", str(lag)])
@@ -117,7 +117,7 @@ def test_plan_tells_and_draws_the_placement(kind: str, tmp_path: Path, capsys: p
 
 
 def test_the_ring_shows_who_holds_what() -> None:
-    from moue_dist.place import stages_of_moe_layers
+    from moue_dist.parallel.placement.of_config import stages_of_moe_layers
     from moue_dist.report.ring import describe_ring, draw_ring
 
     config = load_config(TINY, ["--parallel.placement", "home"])

@@ -14,18 +14,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moue_dist.model.topology import Topology, build_topology
-from moue_dist.parallel import planner
-from moue_dist.parallel.costs import (
+from moue_dist.config.topology import Topology, build_topology
+from moue_dist.parallel.placement import planner
+from moue_dist.parallel.placement.costs import (
     ExpertBytes,
     cell_bytes,
     served,
     servers,
     stage_use,
 )
-from moue_dist.parallel.hybrid import MAX_SETS, BudgetError
-from moue_dist.parallel.placement import Placement
-from moue_dist.parallel.planner import SLACK, plan_placement
+from moue_dist.parallel.placement.hybrid import MAX_SETS, BudgetError
+from moue_dist.parallel.placement.placement import Placement
+from moue_dist.parallel.placement.planner import SLACK, plan_placement
 
 EACH = ExpertBytes(row=24, weight=2, gradient=4, optimizer=12)
 

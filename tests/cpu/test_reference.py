@@ -62,7 +62,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 def compare_with_megatron(cases: dict[str, Config]) -> dict[str, dict[str, float]]:
     """For each case the relative errors of logits, loss and every gradient. Runs in a fresh process."""
-    from moue_dist.parallel.cpu_host import install
+    from moue_dist.parallel.megatron.cpu_host import install
 
     install()
     torch.set_num_threads(1)

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moue_dist.cli.report import main
 from moue_dist.config import Config, ConfigError, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
-from moue_dist.load import dump_config
-from moue_dist.model.topology import build_topology
-from moue_dist.report.cli import main
+from moue_dist.config.load import dump_config
+from moue_dist.config.topology import build_topology
+from moue_dist.measuring.run_folder import read_run
 from moue_dist.report.html import show
 from moue_dist.report.ring import arcs, describe_ring, draw_ring, reached_by, write_pool_picture
 from moue_dist.report.run_report import write_run_report
-from moue_dist.report.runs import read_run
 from moue_dist.report.scaling import measure
 from moue_dist.report.style import smooth, thin
 from moue_dist.report.usage import latest_usage, relative_load
@@ -178,7 +178,7 @@ def test_dark_pictures_have_no_dark_ink(tmp_path: Path) -> None:
 
 
 def test_what_the_program_itself_writes_is_read(tmp_path: Path) -> None:
-    from moue_dist.metrics import MetricsLog, StepMeter
+    from moue_dist.measuring.metrics import MetricsLog, StepMeter
 
     folder = write_run(tmp_path / "real", lines=[])
     (folder / "metrics.jsonl").unlink()

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from moue_dist.config import Config, DataConfig, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
-from moue_dist.load import dump_config
-from moue_dist.parallel.spans import KINDS, Span
-from moue_dist.parallel.timeline import OFF, HostClock, Timeline, clock_of
-from moue_dist.report.slots import Step, ideal_bubble, mean_times, read_steps, shares
-from moue_dist.report.slots import bubble as measured_bubble
+from moue_dist.config.load import dump_config
+from moue_dist.measuring.slots import Step, ideal_bubble, mean_times, read_steps, shares
+from moue_dist.measuring.slots import bubble as measured_bubble
+from moue_dist.parallel.recording.spans import KINDS, Span
+from moue_dist.parallel.recording.timeline import OFF, HostClock, Timeline, clock_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,7 +95,7 @@ SMALL = Config(
     train=TrainConfig(
         steps=8, global_batch_size=5, micro_batch_size=1, eval_interval=7, eval_batches=1, record_slots=True
     ),
-    data=DataConfig(source=str(ROOT / "moue_dist" / "config.py")),
+    data=DataConfig(source=str(ROOT / "moue_dist" / "config" / "options.py")),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moue_dist.model.topology import Topology, build_topology
+from moue_dist.config.topology import Topology, build_topology
 
 
 def test_private_is_a_partition() -> None:

@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from moue_dist.parallel.lockstep_pipeline import LockstepPipeline
-from moue_dist.parallel.turns import TurnBroken, Turns, side_by_side
+from moue_dist.parallel.lockstep.pipeline import LockstepPipeline
+from moue_dist.parallel.lockstep.turns import TurnBroken, Turns, side_by_side
 from tests.cpu.test_lockstep_schedule import D, Stage, service_of
 
 
@@ -77,7 +77,7 @@ class Broken(Stage):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("at", ["forward", "backward"])
 def test_a_failure_in_one_direction_ends_the_other_and_is_the_one_told(at, monkeypatch):
-    from moue_dist.parallel import lockstep
+    from moue_dist.parallel.lockstep import service as lockstep
     from tests.cpu.test_lockstep_schedule import Wire
 
     monkeypatch.setattr(lockstep, "dist", Wire())

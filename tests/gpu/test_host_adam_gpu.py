@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moue_dist.parallel.groups import ReplicaGroup
-from moue_dist.parallel.pool_sync import SharedOptimizer, SyncedBuffer
+from moue_dist.parallel.pool.synced import SharedOptimizer, SyncedBuffer
 from tests.host_adam import needs_operator
 
 pytestmark = [pytest.mark.timeout(900), needs_operator]  # the operator's first build takes a minute or two

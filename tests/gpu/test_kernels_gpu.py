@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moue_dist.kernels.backend import has_transformer_engine, has_triton
-from moue_dist.kernels.experts import ExpertSlab, expert_mlp
-from moue_dist.kernels.permute import combine, gather_dot, gather_rows, gather_sum, permute
-from moue_dist.kernels.swiglu import swiglu_backward, swiglu_forward, swiglu_weighted_backward
-from moue_dist.kernels.wgrad import WeightGradients, add_weight_gradients
+from moue_dist.kernels.experts.mlp import ExpertSlab, expert_mlp
+from moue_dist.kernels.experts.swiglu import swiglu_backward, swiglu_forward, swiglu_weighted_backward
+from moue_dist.kernels.experts.wgrad import WeightGradients, add_weight_gradients
+from moue_dist.kernels.rows.permute import combine, gather_dot, gather_rows, gather_sum, permute
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 needs_te = pytest.mark.skipif(not has_transformer_engine(), reason="Transformer Engine is not installed")

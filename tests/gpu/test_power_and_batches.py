@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moue_dist.power import PowerMeter, nvml_uuid
+from moue_dist.measuring.power import PowerMeter, nvml_uuid
 
-ASK = "from moue_dist.power import nvml_uuid; print(nvml_uuid(0))"
+ASK = "from moue_dist.measuring.power import nvml_uuid; print(nvml_uuid(0))"
 
 
 def test_joules_are_watts_times_seconds() -> None:
@@ -48,7 +48,7 @@ def test_visible_devices_are_followed(by_uuid: bool) -> None:
 
 def test_batches_on_the_gpu_equal_those_on_the_host(tmp_path: Path) -> None:
     from moue_dist.config import Config, DataConfig, ModelConfig, TrainConfig
-    from moue_dist.data import Batches, build_datasets, prepare_corpus
+    from moue_dist.data.datasets import Batches, build_datasets, prepare_corpus
 
     (tmp_path / "text.txt").write_text("\n".join(f"line {i}" for i in range(5000)))
     config = Config(

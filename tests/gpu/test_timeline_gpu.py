@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from moue_dist.parallel.timeline import DeviceClock, Timeline, clock_of
+from moue_dist.parallel.recording.timeline import DeviceClock, Timeline, clock_of
 
 
 def test_spans_are_the_devices_time_and_not_the_hosts() -> None:

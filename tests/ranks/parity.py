@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moue_dist.config import Config, ParallelConfig
-from moue_dist.parallel import cpu_host
-from moue_dist.resolve import Resolved
-from moue_dist.schedules import learning_rate
-from moue_dist.validate import validate
+from moue_dist.parallel.megatron import cpu_host
+from moue_dist.refusals.machine import Resolved
+from moue_dist.refusals.validate import validate
+from moue_dist.training.schedules import learning_rate
 from tests.reference import Reference, Routing
 from tests.reference import train as train_reference
 
@@ -72,7 +72,7 @@ def microbatches(config: Config, step_tokens: Tensor, dp: int, data: int) -> lis
 def build(config: Config) -> Any:
     """This rank's system; `parallel.megatron.shut_down` ends it."""
     cpu_host.install()
-    from moue_dist.build import build_system
+    from moue_dist.model.build import build_system
 
     world = dist.get_world_size()
     system = build_system(config, dist.get_rank(), world, validate(config, world, cuda=False))
@@ -96,7 +96,7 @@ def liven(system: Any) -> None:
 
 def initial_weights(config: Config) -> Trained:
     """What a layout starts from."""
-    from moue_dist.parallel import megatron
+    from moue_dist.parallel.megatron import adapter as megatron
 
     system = build(config)
     try:
@@ -121,10 +121,10 @@ def train(
     `load` and `save` are checkpoint folders; `kill` are experts that the loss-free bias hides from the router;
     `check_every` is the interval in steps of the replicas' bit-equality check, which also ends the run.
     """
-    from moue_dist import checkpoint
-    from moue_dist.parallel import megatron
-    from moue_dist.parallel.pool_sync import check_replicas
-    from moue_dist.step import train_step
+    from moue_dist.checkpoint import store as checkpoint
+    from moue_dist.parallel.megatron import adapter as megatron
+    from moue_dist.parallel.pool.synced import check_replicas
+    from moue_dist.training.step import train_step
 
     system = build(config)
     try:

@@ -2,7 +2,7 @@
 
 import gc
 
-from moue_dist.parallel import cpu_host
+from moue_dist.parallel.megatron import cpu_host
 
 cpu_host.install()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moue_dist.config import BalanceConfig, Config, ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from moue_dist.parallel.mesh import build_mesh
-from moue_dist.schedules import learning_rate
+from moue_dist.training.schedules import learning_rate
 from tests.ranks.parity import ON_CPU, microbatches, tokens_of
 from tests.reference import Reference
 from tests.reference import train as train_reference
@@ -29,11 +29,11 @@ CONFIG = Config(
 
 def train_baseline(config: Config) -> tuple[list[float], dict[str, Tensor], Tensor]:
     """Losses of STEPS steps, this rank's initial weights by the reference's names, and the last batch's load."""
-    from moue_dist.parallel import cpu_host
+    from moue_dist.parallel.megatron import cpu_host
 
     cpu_host.install()
     from moue_dist.bench.baseline import Baseline, mean_losses
-    from moue_dist.parallel import megatron
+    from moue_dist.parallel.megatron import adapter as megatron
 
     mesh = build_mesh(dist.get_world_size(), config.parallel)
     dp = mesh.coords(dist.get_rank()).dp

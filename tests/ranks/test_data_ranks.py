@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moue_dist.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
-from moue_dist.data import Batches, build_datasets, prepare_corpus
+from moue_dist.data.datasets import Batches, build_datasets, prepare_corpus
 
 
 def build(folder: str, config: Config, private: bool = False) -> list[list[int]] | str:

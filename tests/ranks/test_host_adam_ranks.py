@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moue_dist.config import Config
-from moue_dist.validate import validate
+from moue_dist.refusals.validate import validate
 from tests.host_adam import needs_operator
 from tests.ranks import parity
 from tests.ranks.cases import Case
@@ -99,8 +99,8 @@ def test_a_checkpoint_changes_sides(
 
 def evaluated(config: Config) -> float:
     """In a rank: the loss on the batch of one step, right after that step."""
-    from moue_dist.parallel import megatron
-    from moue_dist.step import evaluate, train_step
+    from moue_dist.parallel.megatron import adapter as megatron
+    from moue_dist.training.step import evaluate, train_step
 
     system = parity.build(config)
     try:

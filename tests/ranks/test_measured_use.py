@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from moue_dist.config import Config, ConfigError
-from moue_dist.devices import Device
-from moue_dist.measured_use import measured_use
+from moue_dist.config.devices import Device
+from moue_dist.measuring.measured_use import measured_use
 from moue_dist.parallel.mesh import build_mesh
-from moue_dist.parallel.planner import SLACK
-from moue_dist.place import place_pool
-from moue_dist.plan import build_plan
-from moue_dist.plan_pool import expected_traffic
-from moue_dist.validate import validate
+from moue_dist.parallel.placement.of_config import place_pool
+from moue_dist.parallel.placement.planner import SLACK
+from moue_dist.planning.plan import build_plan
+from moue_dist.planning.pool import expected_traffic
+from moue_dist.refusals.validate import validate
 from tests.ranks import parity
 from tests.ranks.cases import BASE, RING, Case
 from tests.ranks.spawn import RankPool
@@ -87,7 +87,7 @@ def other_readings(config: Config, folders: list[str]) -> tuple[tuple[int, ...],
     """In a rank: the holders of a pool whose measured run reads otherwise on every rank, as while it goes on."""
     import torch.distributed as dist
 
-    from moue_dist.parallel import megatron
+    from moue_dist.parallel.megatron import adapter as megatron
 
     system = parity.build(at_home(config, measured_use=folders[dist.get_rank()]))
     try:

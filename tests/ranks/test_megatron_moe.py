@@ -40,7 +40,7 @@ def config_of(name: str, expert_parallel: int) -> Config:
 
 def both(config: Config, seed: int) -> tuple[Named, Named]:
     """Inside a rank: logits and gradients of our model and of megatron-core's, by our global names."""
-    from moue_dist.parallel import megatron
+    from moue_dist.parallel.megatron import adapter as megatron
 
     system = parity.build(config)
     try:
@@ -55,7 +55,7 @@ def both(config: Config, seed: int) -> tuple[Named, Named]:
 
 def _ours(system: Any, batches: list[Named]) -> Named:
     from moue_dist.model.init import global_names
-    from moue_dist.step import train_step
+    from moue_dist.training.step import train_step
 
     (chunk,), (pool,) = system.chunk_modules(), system.shared.buffers
     with torch.no_grad():

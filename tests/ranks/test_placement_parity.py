@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from moue_dist.config import Config, ConfigError
-from moue_dist.validate import validate
+from moue_dist.refusals.validate import validate
 from tests.ranks import parity
 from tests.ranks.cases import MODELS, Case
 from tests.ranks.spawn import RankPool

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from moue_dist.config import Config, ParallelConfig
-from moue_dist.memory import Share, rows_served
-from moue_dist.parallel.costs import row_wire_bytes, stage_use, step_traffic
 from moue_dist.parallel.mesh import build_mesh
-from moue_dist.place import expert_bytes, place_pool, stages_of_moe_layers
+from moue_dist.parallel.placement.costs import row_wire_bytes, stage_use, step_traffic
+from moue_dist.parallel.placement.of_config import expert_bytes, place_pool, stages_of_moe_layers
+from moue_dist.planning.memory import Share, rows_served
 from tests.ranks import parity
 from tests.ranks.cases import BASE, RING
 from tests.ranks.spawn import RankPool
@@ -25,8 +25,8 @@ def one_step(config: Config) -> tuple[torch.Tensor, int, int, int, int]:
     """In a rank: one training step; the step's counts [L, P] over all ranks, the bytes that this rank sent, and the
     most rows that it kept for backward.
     """
-    from moue_dist.parallel import megatron
-    from moue_dist.step import train_step
+    from moue_dist.parallel.megatron import adapter as megatron
+    from moue_dist.training.step import train_step
 
     system = parity.build(config)
     try:

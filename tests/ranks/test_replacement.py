@@ -18,11 +18,11 @@ from torch import Tensor
 
 from moue_dist.config import Config
 from moue_dist.parallel.mesh import Mesh, build_mesh
-from moue_dist.parallel.placement import Placement
-from moue_dist.parallel.pool import pool_pieces
-from moue_dist.parallel.replacement import STATES, owners, plan_move
-from moue_dist.place import place_pool
-from moue_dist.validate import validate
+from moue_dist.parallel.placement.moving import STATES, owners, plan_move
+from moue_dist.parallel.placement.of_config import place_pool
+from moue_dist.parallel.placement.placement import Placement
+from moue_dist.parallel.pool.pool import pool_pieces
+from moue_dist.refusals.validate import validate
 from tests.ranks import parity
 from tests.ranks.cases import Case
 from tests.ranks.spawn import RankPool
@@ -74,10 +74,10 @@ def journey(config: Config, mesh: Mesh) -> dict[int, Placement]:
 
 def train(config: Config, seed: int, moves: dict[int, Placement]) -> Told:
     """Inside a rank: train all steps, moving the pool after the steps that `moves` names."""
-    from moue_dist.parallel import megatron
-    from moue_dist.parallel.pool_sync import check_replicas
-    from moue_dist.replace import replace_pool
-    from moue_dist.step import train_step
+    from moue_dist.parallel.megatron import adapter as megatron
+    from moue_dist.parallel.pool.synced import check_replicas
+    from moue_dist.training.move_pool import replace_pool
+    from moue_dist.training.step import train_step
 
     system = parity.build(config)
     try:
@@ -203,9 +203,9 @@ def _merge_states(run: list[Told]) -> dict[Unit, Tensor]:
 
 def disagree(config: Config) -> str:
     """Inside a rank: what happens where the ranks have planned different placements."""
-    from moue_dist.parallel import megatron
-    from moue_dist.parallel.replacement import ReplacementError
-    from moue_dist.replace import replace_pool
+    from moue_dist.parallel.megatron import adapter as megatron
+    from moue_dist.parallel.placement.moving import ReplacementError
+    from moue_dist.training.move_pool import replace_pool
 
     system = parity.build(config)
     try:
@@ -224,9 +224,10 @@ def test_ranks_that_disagree_say_so_instead_of_hanging(ranks: Callable[[int], Ra
 
 def loop(config: Config, folder: Path) -> None:
     """Inside a rank: the whole loop, with data, log and report."""
-    from moue_dist.build import build_system
-    from moue_dist.loop import train_loop
-    from moue_dist.parallel import cpu_host, megatron
+    from moue_dist.model.build import build_system
+    from moue_dist.parallel.megatron import adapter as megatron
+    from moue_dist.parallel.megatron import cpu_host
+    from moue_dist.training.loop import train_loop
 
     cpu_host.install()
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # as in `parity.train`

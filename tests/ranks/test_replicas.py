@@ -21,8 +21,8 @@ Gradients = dict[str, dict[tuple[int, int], Tensor]]  # buffer -> (global row, p
 
 def first_gradients(config: Config, seed: int) -> Gradients:
     """Inside a rank: this rank's shares of the first step's reduced gradients, before clipping."""
-    from moue_dist.parallel import megatron
-    from moue_dist.step import train_step
+    from moue_dist.parallel.megatron import adapter as megatron
+    from moue_dist.training.step import train_step
 
     system = parity.build(config)
     try:
@@ -119,8 +119,8 @@ def test_replicas_stay_equal_to_the_bit_over_50_steps(model: str, ranks: Callabl
 
 def flip(config: Config, rank: int, buffer: str, row: int) -> str | None:
     """Inside a rank: what the check says after the lowest bit of one weight of `row` changed on `rank`."""
-    from moue_dist.parallel import megatron
-    from moue_dist.parallel.pool_sync import UnequalReplicas, check_replicas
+    from moue_dist.parallel.megatron import adapter as megatron
+    from moue_dist.parallel.pool.synced import UnequalReplicas, check_replicas
 
     system = parity.build(config)
     try:

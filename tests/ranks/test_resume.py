@@ -90,8 +90,8 @@ def test_resumed_on_another_layout(
 
 def refusal(config: Config, folder: Path) -> str | None:
     """Inside a rank: why the checkpoint in `folder` does not load."""
-    from moue_dist import checkpoint
-    from moue_dist.parallel import megatron
+    from moue_dist.checkpoint import store as checkpoint
+    from moue_dist.parallel.megatron import adapter as megatron
 
     system, newest = parity.build(config), checkpoint.newest(folder)
     try:
@@ -123,7 +123,7 @@ def test_another_model_or_optimizer_is_refused_by_name(
 
 def described(folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
     """A checkpoint folder with nothing but the moue.json that `config` would write, and what is in it."""
-    from moue_dist import checkpoint
+    from moue_dist.checkpoint import store as checkpoint
     from moue_dist.parallel.mesh import build_mesh
 
     path = folder / "step_00000003"
@@ -134,7 +134,7 @@ def described(folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
 
 
 def test_a_description_is_read_as_it_was_written(tmp_path: Path) -> None:
-    from moue_dist import checkpoint
+    from moue_dist.checkpoint import store as checkpoint
 
     config = config_of("", "moue")
     path, about = described(tmp_path, config)
@@ -166,7 +166,7 @@ GONE = object()
 def test_another_format_or_a_broken_entry_is_refused_by_name(
     changes: dict[str, Any], found: str, tmp_path: Path
 ) -> None:
-    from moue_dist import checkpoint
+    from moue_dist.checkpoint import store as checkpoint
 
     config = config_of("", "moue")
     path, about = described(tmp_path, config)
@@ -183,7 +183,7 @@ def test_another_format_or_a_broken_entry_is_refused_by_name(
     [(b'{"format": 2, "st', "is no JSON"), (b"", "is no JSON"), (b"\xff\x00", "is no JSON"), (b"[]", "no format")],
 )
 def test_a_garbled_description_is_refused_by_name(content: bytes, found: str, tmp_path: Path) -> None:
-    from moue_dist import checkpoint
+    from moue_dist.checkpoint import store as checkpoint
 
     config = config_of("", "moue")
     path, _ = described(tmp_path, config)

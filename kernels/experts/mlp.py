@@ -1,0 +1,217 @@
+"""The SwiGLU experts of one MoE layer, computed over a slab of the pool, with weight gradients added in place.
+
+Legend: r row (a token's copy for one expert), n expert held by this rank, d hidden, f expert width.
+expert(x) = (silu(x W_gate^T) * (x W_up^T)) W_out^T. A row of the pool holds w_in [2f, d] (gate rows first), then
+w_out [d, f].
+
+The weights are no autograd leaves. An expert that several layers use would otherwise be summed by autograd through a
+gradient of the whole slab per layer and microbatch; here backward adds to one fp32 buffer, only for experts that got
+rows. Gradients are added in backward alone, so recomputing the forward (checkpointing) cannot count them twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moue_dist.kernels.backend import ExpertBackend, Impl, check_grouped_sizes, default_impl
+from moue_dist.kernels.experts.grouped_gemm import Gemm, LoopGemm, TorchGemm
+from moue_dist.kernels.experts.swiglu import swiglu_backward, swiglu_forward, swiglu_weighted_backward
+from moue_dist.kernels.experts.wgrad import WeightGradients
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSlab:
+    """What one MoE layer of this rank computes with.
+
+    Build it after the pool has its final storage: it holds views, and a wrapper that moves parameters into a buffer
+    of its own (megatron-core's DistributedDataParallel) leaves older views behind. Keep it for the layer's lifetime:
+    `te` holds Transformer Engine's FP8 state.
+    """
+
+    weight: Tensor  # [n, 3*f*d] model dtype: rows of the experts held here (a view of the pool)
+    grad: Tensor  # [n, 3*f*d] fp32: accumulation buffer
+    hidden: int  # d
+    width: int  # f
+    spans: tuple[tuple[int, int], ...]  # the layer's visible experts as ranges of rows, in order
+    sums: WeightGradients = field(default_factory=WeightGradients)  # shared by the slabs of a pool
+
+    def __post_init__(self) -> None:
+        shape = (self.weight.shape[0], 3 * self.width * self.hidden)
+        if self.weight.shape != shape or self.grad.shape != shape:
+            raise ValueError(f"expected weight and grad {shape}, got {self.weight.shape} and {self.grad.shape}")
+        if self.weight.stride(1) != 1 or self.grad.stride(1) != 1:
+            raise ValueError("a row of the pool must be contiguous")
+        if any(not 0 <= first < end <= shape[0] for first, end in self.spans):
+            raise ValueError(f"spans {self.spans} are empty or leave the {shape[0]} experts held here")
+
+    @property
+    def count(self) -> int:
+        """Visible experts. Example: spans ((0, 2), (6, 8)) -> 4."""
+        return sum(end - first for first, end in self.spans)
+
+    @property
+    def w_in(self) -> Tensor:
+        """[n, 2f, d], a strided view: gate rows, then up rows."""
+        return self._in(self.weight)
+
+    @property
+    def w_out(self) -> Tensor:
+        """[n, d, f], a strided view."""
+        return self._out(self.weight)
+
+    @property
+    def g_in(self) -> Tensor:
+        """[n, 2f, d], the part of `grad` that belongs to `w_in`."""
+        return self._in(self.grad)
+
+    @property
+    def g_out(self) -> Tensor:
+        """[n, d, f], the part of `grad` that belongs to `w_out`."""
+        return self._out(self.grad)
+
+    @cached_property
+    def row_ids(self) -> Tensor:
+        """[count] int64 on the weights' device: the rows of the visible experts, in the order of `spans`."""
+        ids = [row for first, end in self.spans for row in range(first, end)]
+        return torch.tensor(ids, dtype=torch.int64, device=self.weight.device)
+
+    @cached_property
+    def te(self) -> Callable[..., Tensor]:
+        """Transformer Engine's modules over these weights, built on first use (`experts_te.make_te_experts`)."""
+        from moue_dist.kernels.experts.te import make_te_experts
+
+        return make_te_experts(self)
+
+    def _in(self, pool: Tensor) -> Tensor:
+        return pool[:, : 2 * self.width * self.hidden].view(-1, 2 * self.width, self.hidden)
+
+    def _out(self, pool: Tensor) -> Tensor:
+        return pool[:, 2 * self.width * self.hidden :].view(-1, self.hidden, self.width)
+
+
+def expert_mlp(
+    x_rd: Tensor,
+    counts_n: Tensor,
+    slab: ExpertSlab,
+    *,
+    backend: ExpertBackend,
+    recompute: bool = False,
+    counts_host: list[int] | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Run every row through its expert; [R, d] in x's dtype. In backward weight gradients go to `slab.sums`.
+
+    x_rd: rows sorted by visible expert, in the order of `slab.spans`. counts_n: int64 on x's device, rows of each
+    visible expert; they sum to R, or the result is undefined (checking would wait for the device; with `counts_host`,
+    the same numbers on the host, it is checked). Any count may be 0, and so may R.
+    Kept for backward: x and the pre-activation [R, 2f]; with `recompute` x alone, at the price of one more GEMM.
+    `impl` picks the activation kernel (None: by device).
+
+    `loop` and `te` need the counts on the host and wait for the device without `counts_host`; so does `torch` with
+    several spans. `torch` needs d and f in multiples of 16 bytes (ConfigError).
+    Example: spans ((4, 6),), counts [2, 1] -> rows 0 and 1 go through the pool's row 4, row 2 through row 5.
+    """
+    if counts_n.shape[0] != slab.count:
+        raise ValueError(f"{counts_n.shape[0]} counts for {slab.count} visible experts")
+    if counts_host is not None and (len(counts_host) != slab.count or sum(counts_host) != x_rd.shape[0]):
+        raise ValueError(f"counts_host {counts_host} does not describe {x_rd.shape[0]} rows of {slab.count} experts")
+    if backend == "te":
+        return slab.te(x_rd, counts_n.tolist() if counts_host is None else counts_host, recompute=recompute)
+    impl = impl or default_impl(x_rd.device)
+    if backend == "torch":
+        check_grouped_sizes(slab.hidden, slab.width, x_rd.element_size())
+        gemm: Gemm = TorchGemm.of(slab.spans, counts_n, x_rd.shape[0], counts_host, impl)
+    else:
+        gemm = LoopGemm.of(slab.spans, counts_n.tolist() if counts_host is None else counts_host)
+    # without a tensor that needs a gradient, autograd would drop the node and with it the weight gradients
+    anchor = torch.empty(0, device=x_rd.device, requires_grad=True)
+    return _ExpertMLP.apply(x_rd, anchor, counts_n, slab, gemm, recompute, impl)
+
+
+def expert_backward(
+    x_rd: Tensor,
+    dy_rd: Tensor,
+    weight_r: Tensor,
+    counts_n: Tensor,
+    slab: ExpertSlab,
+    *,
+    backend: ExpertBackend,
+    counts_host: list[int],
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The backward of `weight[r] * expert(x[r])` without a graph: (dx [R, d], dweight [R] fp32).
+
+    For rows that do not meet in backward as they met in forward. `dy` is the gradient of the weighted row; fc1 runs
+    again, fc2 does not, since dweight = <h, dy W_out>. Weight gradients go to `slab.sums`.
+    """
+    if x_rd.shape[0] == 0:
+        return x_rd, weight_r
+    impl = impl or default_impl(x_rd.device)
+    if backend == "te":
+        return _te_backward(x_rd, dy_rd, weight_r, slab, counts_host)
+    gemm: Gemm = (
+        TorchGemm.of(slab.spans, counts_n, x_rd.shape[0], counts_host, impl)
+        if backend == "torch"
+        else LoopGemm.of(slab.spans, counts_host)
+    )
+    x_rd, dy_rd = x_rd.contiguous(), dy_rd.contiguous()
+    z_r2f = gemm.forward(x_rd, slab.w_in)
+    dh_rf = gemm.dgrad(dy_rd, slab.w_out)
+    dz_r2f, h_rf, dweight_r = swiglu_weighted_backward(z_r2f, dh_rf, weight_r, impl)
+    slab.sums.add(slab, gemm, counts_n, dz_r2f, x_rd, dy_rd, h_rf)
+    return gemm.dgrad(dz_r2f, slab.w_in), dweight_r
+
+
+def _te_backward(
+    x_rd: Tensor, dy_rd: Tensor, weight_r: Tensor, slab: ExpertSlab, counts_host: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Transformer Engine has no backward without its graph: run the forward again, fc2 included."""
+    with torch.enable_grad():
+        x_rd = x_rd.detach().requires_grad_()
+        y_rd = slab.te(x_rd, counts_host)
+    (dx_rd,) = torch.autograd.grad(y_rd, x_rd, (dy_rd * weight_r[:, None]).to(dy_rd.dtype))
+    return dx_rd, (y_rd.detach().float() * dy_rd.float()).sum(-1)
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_rd: Tensor,
+        anchor: Tensor,
+        counts_n: Tensor,
+        slab: ExpertSlab,
+        gemm: Gemm,
+        recompute: bool,
+        impl: Impl,
+    ) -> Tensor:
+        ctx.counts_n, ctx.slab, ctx.gemm, ctx.impl = counts_n, slab, gemm, impl
+        x_rd = x_rd.contiguous()
+        if x_rd.shape[0] == 0:
+            return x_rd.new_empty(x_rd.shape)
+        z_r2f = gemm.forward(x_rd, slab.w_in)
+        ctx.save_for_backward(x_rd, None if recompute else z_r2f)
+        return gemm.forward(swiglu_forward(z_r2f, impl), slab.w_out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_rd: Tensor) -> tuple[Tensor | None, ...]:
+        slab, gemm = ctx.slab, ctx.gemm
+        if dy_rd.shape[0] == 0:
+            return (dy_rd, *[None] * 6)
+        dy_rd = dy_rd.contiguous()
+        x_rd, z_r2f = ctx.saved_tensors
+        if z_r2f is None:
+            z_r2f = gemm.forward(x_rd, slab.w_in)
+        dh_rf = gemm.dgrad(dy_rd, slab.w_out)
+        dz_r2f, h_rf = swiglu_backward(z_r2f, dh_rf, ctx.impl)
+        slab.sums.add(slab, gemm, ctx.counts_n, dz_r2f, x_rd, dy_rd, h_rf)
+        dx_rd = gemm.dgrad(dz_r2f, slab.w_in) if ctx.needs_input_grad[0] else None
+        return (dx_rd, *[None] * 6)

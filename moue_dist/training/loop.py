@@ -1,0 +1,204 @@
+"""The loop around the training step: data, numbers, validation, checkpoints, report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moue_dist.checkpoint import store as checkpoint
+from moue_dist.data.datasets import Batches, build_datasets, data_folder, prepare_corpus
+from moue_dist.measuring.metrics import MetricsLog, Rates, StepMeter
+from moue_dist.measuring.power import PowerMeter
+from moue_dist.measuring.progress import Progress
+from moue_dist.measuring.slot_log import SlotLog
+from moue_dist.model.balance import load_summary
+from moue_dist.model.build import System
+from moue_dist.parallel.pool.synced import UnequalReplicas, check_replicas
+from moue_dist.planning.flops import flops_per_token
+from moue_dist.training.move_pool import replace_by_use
+from moue_dist.training.step import StepResult, TrainingError, evaluate, train_step
+
+GIB = 2**30
+
+
+def train_loop(system: System, run_dir: Path, *, device_name: str) -> None:
+    """Train from the newest checkpoint (or the start) to `train.steps`, then write the report."""
+    config, t = system.config, system.config.train
+    batches = _open_data(system, run_dir)
+    done = _resume(system, run_dir)
+    leader = system.rank == 0
+    meter = StepMeter(
+        flops_per_token=flops_per_token(config).total,
+        tokens_per_step=t.global_batch_size * config.model.sequence_length,
+        gpus=system.mesh.world,
+        device_name=device_name,
+        precision=t.precision,
+    )
+    with (
+        Progress(t.steps, done.step, enabled=leader) as progress,
+        MetricsLog(run_dir, enabled=leader, resume_step=done.step) as log,
+    ):
+        _Loop(system, run_dir, batches, meter, progress, log, done).run()
+    batches.close()
+    if leader:
+        from moue_dist.report.run_report import write_run_report
+
+        print(f"report: {write_run_report(run_dir)}", flush=True)
+    dist.barrier(group=system.groups.world)
+
+
+class _Loop:
+    """One run of the loop; its members are what the steps have in common."""
+
+    def __init__(
+        self,
+        system: System,
+        run_dir: Path,
+        batches: Batches,
+        meter: StepMeter,
+        progress: Progress,
+        log: MetricsLog,
+        done: checkpoint.Progress,
+    ) -> None:
+        self.system, self.run_dir, self.batches, self.meter = system, run_dir, batches, meter
+        self.progress, self.log, self.done = progress, log, done
+        self.power = PowerMeter(system.device.index if system.device.type == "cuda" else None)
+        self.counts_lp: Tensor | None = None  # assignments since the last usage line
+        self.use_lp: Tensor | None = None  # the same since the last re-placement
+        self.saved_at = -1
+        self.slots = SlotLog(system, run_dir, done.step)
+
+    def run(self) -> None:
+        t, every_replace = self.system.config.train, self.system.config.parallel.replace_interval
+        if self.done.step >= t.steps:
+            self.progress.note(f"already trained: step {self.done.step} of train.steps={t.steps}")
+            return
+        for step in range(self.done.step, t.steps):
+            self._one(step)
+            finished, last = step + 1, step + 1 == t.steps
+            if t.check_replicas_interval and finished % t.check_replicas_interval == 0:
+                self._check_replicas(finished)
+            if last or (t.eval_interval and finished % t.eval_interval == 0):
+                self._validate(finished)
+            if last or (t.save_interval and finished % t.save_interval == 0):
+                self._save(finished)
+            if not last and every_replace and finished % every_replace == 0:
+                self._replace(finished)
+
+    def _one(self, step: int) -> None:
+        system, t = self.system, self.system.config.train
+        microbatches = self.batches.microbatches(step, system.coord.dp, system.mesh.data)
+        with self.slots.step(step) as timeline:
+            torch.cuda.synchronize()
+            self.meter.start()
+            result = train_step(system, microbatches, step, timeline)
+            torch.cuda.synchronize()
+            rates = self.meter.stop()
+        self.done = checkpoint.Progress(step + 1, self.done.tokens + self.meter.tokens_per_step)
+        self.counts_lp = result.counts_lp if self.counts_lp is None else self.counts_lp + result.counts_lp
+        self.use_lp = result.counts_lp if self.use_lp is None else self.use_lp + result.counts_lp
+        if (step + 1) % t.log_interval == 0 or step + 1 == t.steps:
+            self._log(step + 1, result, rates)
+
+    def _log(self, step: int, result: StepResult, rates: Rates) -> None:
+        system = self.system
+        memory, watts, joules = self._gather_machine()
+        self.log.train(
+            step,
+            tokens=self.done.tokens,
+            loss=result.loss,
+            aux=result.aux,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            rates=rates,
+            memory_gib=memory,
+            power_watts=watts,
+            joules_per_token=None if joules is None else joules / self._tokens_since_reading,
+            load=load_summary(result.counts_lp, system.context.topology) if system.context.topology.layers else None,
+        )
+        self.progress.step(
+            step, loss=result.loss, tokens_per_s_per_gpu=rates.tokens_per_s_per_gpu, step_seconds=rates.step_seconds
+        )
+
+    def _gather_machine(self) -> tuple[float | None, float | None, float | None]:
+        """Peak memory of the worst rank (GiB), watts of all GPUs, joules of all GPUs since the last reading."""
+        system = self.system
+        reading = self.power.read()
+        self._tokens_since_reading = self.meter.tokens_per_step * system.config.train.log_interval
+        if system.device.type != "cuda":
+            return _peak_host_memory(), None, None
+        known = reading.watts is not None and reading.joules is not None
+        mine = [reading.watts if known else 0.0, reading.joules if known else 0.0, float(known)]
+        sums = torch.tensor(mine, dtype=torch.float64, device=system.device)
+        peak = torch.tensor([torch.cuda.max_memory_allocated() / GIB], device=system.device)
+        dist.all_reduce(sums, group=system.groups.world)
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=system.groups.world)
+        watts, joules, meters = sums.tolist()
+        return float(peak), *((watts, joules) if meters == system.mesh.world else (None, None))
+
+    def _check_replicas(self, step: int) -> None:
+        try:
+            check_replicas(self.system.shared.buffers, self.system.groups.world)
+        except UnequalReplicas as error:
+            raise TrainingError(f"after step {step}: {error}") from None
+
+    def _validate(self, step: int) -> None:
+        system, t = self.system, self.system.config.train
+        if system.config.data.valid_percent > 0:
+            indices = range(t.eval_batches)
+            held_out = [self.batches.validation(i, system.coord.dp, system.mesh.data) for i in indices]
+            loss = evaluate(system, held_out)
+            self.log.valid(step, loss)
+            self.progress.valid(step, loss)
+        if self.counts_lp is not None and system.context.topology.layers:
+            dense = system.config.model.dense_layers
+            layers = list(range(dense + 1, system.config.model.layers + 1))
+            self.log.usage(step, layers, self.counts_lp.long().tolist())
+            self.counts_lp = None
+
+    def _replace(self, step: int) -> None:
+        """Move the pool to the placement that the use since the last move asks for."""
+        assert self.use_lp is not None
+        self.system, text = replace_by_use(self.system, step, self.use_lp)
+        self.use_lp = None
+        self.log.event(step, text)
+        self.progress.note(text)
+
+    def _save(self, step: int) -> None:
+        began = time.perf_counter()
+        path = checkpoint.save(
+            self.system, self.run_dir / "checkpoints", self.done, self.system.config.train.keep_checkpoints
+        )
+        text = f"saved {path} in {time.perf_counter() - began:.1f} s"
+        self.log.event(step, text)
+        self.progress.note(text)
+
+
+def _open_data(system: System, run_dir: Path) -> Batches:
+    config, t = system.config, system.config.train
+    folder = data_folder(config, run_dir)
+    if system.rank == 0:
+        prepare_corpus(config.data, folder)
+    dist.barrier(group=system.groups.world)
+    train, valid = build_datasets(config, folder, t.steps * t.global_batch_size, t.eval_batches * t.global_batch_size)
+    return Batches(train, valid, t, system.device)
+
+
+def _resume(system: System, run_dir: Path) -> checkpoint.Progress:
+    path = checkpoint.newest(run_dir / "checkpoints")
+    if path is None:
+        return checkpoint.Progress(0, 0)
+    done = checkpoint.load(system, path)
+    if system.rank == 0:
+        print(f"resuming from {path}: {done.step} steps, {done.tokens:,} tokens", flush=True)
+    return done
+
+
+def _peak_host_memory() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,82 @@
+"""This rank's part of the global expert pool: storage, layout, and what each layer sees of it.
+
+An expert is a row of 3*f*d numbers: w_in [2f, d] (gate rows, then up rows) and w_out [d, f]. The pool belongs to no
+layer and is no submodule of the model: layers borrow `ExpertSlab`s, gradients go to `SyncedBuffer.grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moue_dist.kernels.experts.mlp import ExpertSlab
+from moue_dist.kernels.experts.wgrad import WeightGradients
+from moue_dist.parallel.groups import Groups
+from moue_dist.parallel.mesh import Mesh
+from moue_dist.parallel.placement.placement import Placement, common_pieces, spans
+from moue_dist.parallel.pool.synced import SyncedBuffer
+
+
+class ExpertPool:
+    """The rows of one cell (stage, EP rank). All data ranks of the cell, and the other holders, have copies."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        mesh: Mesh,
+        rank: int,
+        groups: Groups,
+        *,
+        hidden: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        merge_wgrad: int = 1,
+    ) -> None:
+        """`merge_wgrad`: layers whose weight gradients are added in one pass (`kernels/experts/wgrad.py`)."""
+        me = mesh.coords(rank)
+        self.placement, self.hidden, self.width, self.ep_rank = placement, hidden, width, me.ep
+        self.ids = placement.rows(me.pp, me.ep)
+        self.sums = WeightGradients(merge_wgrad)
+        self.buffer = SyncedBuffer(
+            "pool",
+            self.ids,
+            placement.pool,
+            3 * width * hidden,
+            [(s.start, s.stop, groups.pool[s.stages]) for s in placement.segments(me.pp, me.ep)],
+            pieces=pool_pieces(placement, mesh, 3 * width * hidden),
+            dtype=dtype,
+            device=device,
+            grad_scale=1.0 / mesh.data,  # the mean over the dense data ranks, whatever the number of replicas
+        )
+
+    def slab(self, visible: Sequence[int]) -> ExpertSlab:
+        """The view a layer computes with: those of its `visible` experts (ascending) that live in this cell."""
+        mine = [e for e in visible if self.placement.columns[e] == self.ep_rank]
+        return ExpertSlab(
+            self.buffer.weight, self.buffer.grad, self.hidden, self.width, spans(self.ids, mine), self.sums
+        )
+
+    @torch.no_grad()
+    def initialise(self, seed: int, std_in: float, std_out: float) -> None:
+        """Normal weights that depend on seed and expert id alone, so that every layout and replica starts equal."""
+        split = 2 * self.width * self.hidden
+        weight = self.buffer.weight
+        for row, e in zip(weight, self.ids, strict=True):
+            generator = torch.Generator(weight.device).manual_seed(seed * 1_000_003 + e)
+            values = torch.randn(row.shape, generator=generator, device=weight.device, dtype=torch.float32)
+            values[:split] *= std_in
+            values[split:] *= std_out
+            row.copy_(values)
+
+
+def pool_pieces(placement: Placement, mesh: Mesh, row: int) -> int:
+    """The pieces of a row (see `SyncedBuffer`), from all segments of all cells: every rank finds the same number."""
+    sizes = {
+        (s.stop - s.start, len(s.stages) * mesh.expert_data)
+        for stage in range(mesh.pipeline)
+        for ep in range(mesh.expert)
+        for s in placement.segments(stage, ep)
+    }
+    return common_pieces(sizes, row)
