@@ -5,9 +5,9 @@ The Triton kernels with the same contracts stand in `permute_triton.py`.
 Legend: t token, k choice of a token, r row (a token's copy for one expert), d hidden. Indices are int32 or int64;
 -1 means nobody. Low-precision inputs are summed in fp32, fp64 in fp64.
 
-`position_tk` says which row holds a token's k-th choice; `slot_r` is its inverse in flattened (t, k) order and
-`source_r = slot_r // k` the token. Example, 2 tokens, k = 2, rows sorted by expert, choices [[1, 0], [0, 2]]:
-position_tk = [[2, 0], [1, 3]], slot_r = [1, 2, 0, 3], source_r = [0, 1, 0, 1].
+`position_tk` says which row holds a token's k-th choice; `choice_r` is its inverse in flattened (t, k) order and
+`source_r = choice_r // k` the token. Example, 2 tokens, k = 2, rows sorted by expert, choices [[1, 0], [0, 2]]:
+position_tk = [[2, 0], [1, 3]], choice_r = [1, 2, 0, 3], source_r = [0, 1, 0, 1].
 """
 
 from __future__ import annotations
@@ -100,15 +100,15 @@ def combine(
     weight_tk: Tensor,
     position_tk: Tensor,
     source_r: Tensor,
-    slot_r: Tensor,
+    choice_r: Tensor,
     impl: Impl | None = None,
 ) -> Tensor:
     """Weighted sum of each token's expert rows: y[t] = sum_k weight[t, k] * rows[position[t, k]], [T, d].
 
-    Differentiable in rows and weight. `source_r` (-1: a row that no token reads) and `slot_r` in [0, T*k) invert
+    Differentiable in rows and weight. `source_r` (-1: a row that no token reads) and `choice_r` in [0, T*k) invert
     `position_tk` and serve backward: drows[r] = weight[slot[r]] * dy[source[r]].
     """
-    return _Combine.apply(rows_rd, weight_tk, position_tk, source_r, slot_r, impl or default_impl(rows_rd.device))
+    return _Combine.apply(rows_rd, weight_tk, position_tk, source_r, choice_r, impl or default_impl(rows_rd.device))
 
 
 class _Permute(torch.autograd.Function):
@@ -133,22 +133,22 @@ class _Combine(torch.autograd.Function):
         weight_tk: Tensor,
         position_tk: Tensor,
         source_r: Tensor,
-        slot_r: Tensor,
+        choice_r: Tensor,
         impl: Impl,
     ) -> Tensor:
         # the rows are large and only the weights' gradient reads them again
         kept_rd = rows_rd if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(kept_rd, weight_tk, position_tk, source_r, slot_r)
+        ctx.save_for_backward(kept_rd, weight_tk, position_tk, source_r, choice_r)
         ctx.impl = impl
         return gather_sum(rows_rd, position_tk, weight_tk, impl=impl)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_td: Tensor) -> tuple[Tensor | None, ...]:
-        rows_rd, weight_tk, position_tk, source_r, slot_r = ctx.saved_tensors
+        rows_rd, weight_tk, position_tk, source_r, choice_r = ctx.saved_tensors
         drows_rd = dw_tk = None
         if ctx.needs_input_grad[0]:
-            scale_r = gather_rows(weight_tk.reshape(-1, 1), slot_r, impl=ctx.impl).reshape(-1)
+            scale_r = gather_rows(weight_tk.reshape(-1, 1), choice_r, impl=ctx.impl).reshape(-1)
             drows_rd = gather_rows(dy_td, source_r, scale_r, impl=ctx.impl)
         if ctx.needs_input_grad[1]:
             dw_tk = gather_dot(rows_rd, position_tk, dy_td, impl=ctx.impl).to(weight_tk.dtype)

@@ -19,7 +19,7 @@ from moue_dist.planning.memory import GIB
 from moue_dist.planning.pool import expected_traffic, pool_bytes, with_placement
 
 if TYPE_CHECKING:  # megatron-core, which a CPU host prepares for first
-    from moue_dist.model.build import System
+    from moue_dist.model.system import System
 
 
 def variant(config: Config, part: str, world: int) -> Config:
@@ -46,16 +46,15 @@ def pool_facts(system: System, step: Callable[[Timeline], Any], world: Any, *, a
     Means over the ranks. Counted are the rows of lock step (null elsewhere). `alone`: there is one rank that others
     only echo, which has no bubble. Collective over `world`.
     """
-    config, placement, service = system.config, system.context.pool.placement, system.context.service
-    before = service.traffic if service else None
+    config, placement, exchange = system.config, system.context.pool.placement, system.context.exchange
+    before = exchange.sent
     timeline = Timeline(not alone, clock_of(system.device))
     timeline.begin_step(world)
     step(timeline)
     timeline.finish_step(1)
     lanes = None if alone else timeline.gather(world)
     sent = None
-    if service and before:
-        now = service.traffic
+    if before is not None and (now := exchange.sent) is not None:
         mine = [now.other_stage - before.other_stage, now.same_stage - before.same_stage]
         total = torch.tensor(mine, dtype=torch.float64, device=system.device)
         dist.all_reduce(total, group=world)

@@ -23,8 +23,8 @@ from moue_dist.parallel.rehearsal import Link, rehearse
 from moue_dist.training.run import Place, resolve
 
 if TYPE_CHECKING:  # megatron-core, which a CPU host prepares for first
-    from moue_dist.model.build import System
-    from moue_dist.parallel.lockstep.service import ExpertService
+    from moue_dist.model.system import System
+    from moue_dist.parallel.lockstep.exchange import LockstepExchange
 
 
 @dataclass(frozen=True)
@@ -85,41 +85,42 @@ def answer_for_others(system: System) -> None:
 
     An echo of this rank's own counts would not do: the stages see other windows, and idle ones send nothing.
     """
-    service = system.context.service
-    if service is not None:
-        group = service.groups["forward"]
-        group.answer = _expected_counts(system, service)
+    if system.dense.lockstep is not None:
+        exchange = system.dense.lockstep.exchange
+        group = exchange.wire.groups["forward"]
+        group.answer = _expected_counts(system, exchange)
 
 
-def _expected_counts(system: System, service: ExpertService) -> Callable[[Tensor], None]:
-    config, p, topology = system.config, service.placement, system.context.topology
+def _expected_counts(system: System, exchange: LockstepExchange) -> Callable[[Tensor], None]:
+    config, p, topology = system.config, exchange.placement, system.context.topology
+    clock, width = exchange.clock, exchange.owner.width
     tokens = config.model.sequence_length * config.train.micro_batch_size // system.mesh.tensor
-    first = [sum(service.layers[:stage]) for stage in range(p.pipeline)]
-    mine = p.rows(service.stage, service.ep_rank)
+    first = [sum(clock.layers[:stage]) for stage in range(p.pipeline)]
+    mine = p.rows(clock.stage, exchange.ep_rank)
 
     def asked(stage: int, j: int) -> list[int]:
         """Rows for each expert here, from one source of `stage` in its layer j."""
         window = set(topology.windows[first[stage] + j])
-        here = [e in window and p.server(e, stage) == service.stage for e in mine]
+        here = [e in window and p.server(e, stage) == clock.stage for e in mine]
         total, shares, given = tokens * config.moe.top_k / len(window), [], 0
         for i in range(1, sum(here) + 1):  # rounded so that the sum is right
             shares.append(int(total * i) - given)
             given = int(total * i)
         counts = iter(shares)
-        return [next(counts) if yes else 0 for yes in here] + [0] * (service.width - len(mine))
+        return [next(counts) if yes else 0 for yes in here] + [0] * (width - len(mine))
 
     table = {
         (stage, j): torch.tensor(asked(stage, j), dtype=torch.int64, device=system.device)
         for stage in range(p.pipeline)
-        for j in range(service.layers[stage])
+        for j in range(clock.layers[stage])
     }
-    nothing = torch.zeros(service.width, dtype=torch.int64, device=system.device)
+    nothing = torch.zeros(width, dtype=torch.int64, device=system.device)
 
     def answer(out: Tensor) -> None:
-        j = max(service.layers) - len(service.due["forward"]) - 1  # the round that was just entered
-        for cell in range(service.cells):
+        j = max(clock.layers) - len(clock.due["forward"]) - 1  # the round that was just entered
+        for cell in range(exchange.cells):
             stage = cell // p.expert_parallel
-            busy = service.schedule.microbatch("forward", service.slot, stage) is not None
-            out[cell].copy_(table[stage, j] if busy and j < service.layers[stage] else nothing)
+            busy = clock.schedule.microbatch("forward", clock.slot, stage) is not None
+            out[cell].copy_(table[stage, j] if busy and j < clock.layers[stage] else nothing)
 
     return answer

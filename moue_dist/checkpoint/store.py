@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from moue_dist.config import Config, ConfigError
-from moue_dist.model.build import System
+from moue_dist.model.system import System
 from moue_dist.parallel.megatron import saving as megatron_saving
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.pool.synced import check_replicas

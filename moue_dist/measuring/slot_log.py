@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moue_dist.model.build import System
+from moue_dist.model.system import System
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.recording.spans import FILE, Span
 from moue_dist.parallel.recording.timeline import Timeline, clock_of

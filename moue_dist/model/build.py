@@ -3,66 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moue_dist.config import Config
+from moue_dist.kernels.backend import ExpertBackend
 from moue_dist.measuring.measured_use import measured_use
 from moue_dist.model.balance import BalanceState
 from moue_dist.model.context import MoEContext
 from moue_dist.model.init import expert_stds, initialise_dense, initialise_shared_router
 from moue_dist.model.moe import MoELayer
 from moue_dist.model.router import SharedRouter
+from moue_dist.model.system import System
 from moue_dist.parallel.dispatch.all_to_all import AllToAllDispatcher
+from moue_dist.parallel.dispatch.exchange import ExpertExchange
+from moue_dist.parallel.dispatch.stage import StageExchange
 from moue_dist.parallel.groups import Groups, build_groups
-from moue_dist.parallel.lockstep.service import ExpertService
+from moue_dist.parallel.lockstep.exchange import LockstepExchange
 from moue_dist.parallel.megatron import adapter as megatron
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.megatron import layers as megatron_layers
 from moue_dist.parallel.mesh import Coord, Mesh, build_mesh, stage_layout
 from moue_dist.parallel.placement.costs import Floats
 from moue_dist.parallel.placement.of_config import place_pool
-from moue_dist.parallel.placement.placement import Placement, common_pieces
+from moue_dist.parallel.placement.placement import common_pieces
 from moue_dist.parallel.pool.pool import ExpertPool
 from moue_dist.parallel.pool.synced import SharedOptimizer, SyncedBuffer, check_replicas
 from moue_dist.refusals.machine import Resolved
-
-
-@dataclass(frozen=True)
-class System:
-    """Everything that a training step touches on this rank."""
-
-    config: Config
-    mesh: Mesh
-    coord: Coord
-    rank: int
-    layout: tuple[tuple[int, ...], ...]
-    groups: Groups
-    dense: megatron.DenseSide
-    context: MoEContext
-    shared: SharedOptimizer  # of the pool and of the routers' shared weights
-    device: torch.device
-
-    @property
-    def my_stages(self) -> tuple[int, ...]:
-        """Virtual stages of this rank, one a chunk."""
-        return tuple(v * self.mesh.pipeline + self.coord.pp for v in range(self.mesh.virtual))
-
-    @property
-    def microbatches(self) -> int:
-        return self.config.train.global_batch_size // (self.config.train.micro_batch_size * self.mesh.data)
-
-    @property
-    def last_stage(self) -> bool:
-        return self.coord.pp == self.mesh.pipeline - 1
-
-    def chunk_modules(self) -> list[Any]:
-        """The GPTModels, without their data-parallel wrappers."""
-        return [chunk.module for chunk in self.dense.chunks]
 
 
 def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> System:
@@ -97,20 +66,17 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
     pool.initialise(config.train.seed, *expert_stds(config))
     shared_router = SharedRouter(config.moe, device)
     initialise_shared_router(config, shared_router)
-    moe_layers = [[x for x in stage if x >= config.model.dense_layers] for stage in layout]
-    service = _expert_service(config, placement, coord, moe_layers, pool, groups, resolved) if lockstep else None
+    exchange = build_exchange(config, mesh, coord, pool, groups, resolved.experts, device)
     context = MoEContext(
         config=config,
         topology=topology,
         pool=pool,
-        dispatcher=AllToAllDispatcher(megatron.expert_group()),
+        exchange=exchange,
         shared_router=shared_router,
         balance=BalanceState.initial(topology, device),
-        experts_backend=resolved.experts,
         token_shards=mesh.tensor,
         device=device,
-        service=service,
-        first_layer=sum(len(stage) for stage in moe_layers[: coord.pp]),
+        first_layer=sum(len(layers) for layers in _moe_layers(config, layout)[: coord.pp]),
     )
 
     chunks = megatron_layers.build_chunks(config, tconfig, mesh, layout, coord.pp, MoELayer)
@@ -121,7 +87,7 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
             if isinstance(layer.mlp, MoELayer):
                 layer.mlp.bind(context)
         initialise_dense(config, chunk, layers, coord.tp, mesh.tensor)
-    dense = megatron.wrap(config, tconfig, chunks, mesh, service)
+    dense = megatron.wrap(config, tconfig, chunks, mesh, exchange if isinstance(exchange, LockstepExchange) else None)
 
     buffers = [pool.buffer]
     if (router_buffer := _flatten(shared_router, groups, mesh, device)) is not None:
@@ -129,6 +95,37 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
     shared = shared_optimizer(config, buffers)
     check_replicas(buffers, groups.world)
     return System(config, mesh, coord, rank, layout, groups, dense, context, shared, device)
+
+
+def build_exchange(
+    config: Config,
+    mesh: Mesh,
+    coord: Coord,
+    pool: ExpertPool,
+    groups: Groups,
+    backend: ExpertBackend,
+    device: torch.device,
+) -> ExpertExchange:
+    """This rank's way to the pool's experts, as the placement has it."""
+    if config.parallel.placement == "replicate":
+        dispatcher = AllToAllDispatcher(megatron.expert_group())
+        recompute = config.parallel.recompute == "selective"
+        return StageExchange(pool, dispatcher, backend=backend, recompute=recompute, device=device)
+    layout = stage_layout(config.model.layers, mesh.pipeline, mesh.virtual, config.parallel.stage_layers)
+    return LockstepExchange(
+        pool,
+        coord.pp,
+        tuple(len(layers) for layers in _moe_layers(config, layout)),
+        groups.grid,
+        backend=backend,
+        recompute=config.parallel.recompute == "full",
+        device=device,
+    )
+
+
+def _moe_layers(config: Config, layout: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The MoE layers of each stage."""
+    return [[x for x in stage if x >= config.model.dense_layers] for stage in layout]
 
 
 def _one_use(config: Config, device: torch.device) -> Floats | None:
@@ -150,29 +147,6 @@ def shared_optimizer(config: Config, buffers: Sequence[SyncedBuffer]) -> SharedO
         eps=o.eps,
         weight_decay=o.weight_decay,
         on_host={"pool": moments[p.host_state]} if p.pool_optimizer == "host" else {},
-    )
-
-
-def _expert_service(
-    config: Config,
-    placement: Placement,
-    coord: Coord,
-    moe_layers: Sequence[Sequence[int]],
-    pool: ExpertPool,
-    groups: Groups,
-    resolved: Resolved,
-) -> ExpertService:
-    """This rank's side of the lock-step rounds, over its cell's whole part of the pool."""
-    return ExpertService(
-        placement=placement,
-        stage=coord.pp,
-        ep_rank=coord.ep,
-        layers=tuple(len(stage) for stage in moe_layers),
-        slab=pool.slab(pool.ids),
-        groups=groups.grid,
-        backend=resolved.experts,
-        recompute=config.parallel.recompute == "full",
-        device=cpu_host.device(),
     )
 
 

@@ -1,4 +1,4 @@
-"""What the MoE layers of one rank share during a step: pool, dispatcher, shared router, balance, tallies.
+"""What the MoE layers of one rank share during a step: pool, exchange, shared router, balance, tallies.
 
 Passed to the layers once, when the model is built; the training step reads and resets it. Legend: L MoE layers over
 all stages, P pool experts.
@@ -16,8 +16,7 @@ from moue_dist.config.topology import Topology
 from moue_dist.kernels.rows.permute import histogram
 from moue_dist.model.balance import BalanceState, balance_weights
 from moue_dist.model.router import Routing, SharedRouter
-from moue_dist.parallel.dispatch.all_to_all import AllToAllDispatcher
-from moue_dist.parallel.lockstep.service import ExpertService
+from moue_dist.parallel.dispatch.exchange import ExpertExchange
 from moue_dist.parallel.pool.pool import ExpertPool
 
 
@@ -60,13 +59,11 @@ class MoEContext:
     config: Config
     topology: Topology
     pool: ExpertPool
-    dispatcher: AllToAllDispatcher
+    exchange: ExpertExchange  # how tokens reach the pool's experts
     shared_router: SharedRouter
     balance: BalanceState
-    experts_backend: str
     token_shards: int
     device: torch.device
-    service: ExpertService | None = None  # placements home and hybrid: experts in lock step
     first_layer: int = 0  # of this rank's stage, among the MoE layers
     loss_scale: float = 1.0
     tallies: Tallies = field(init=False)

@@ -1,7 +1,7 @@
-"""The MoE layer: route -> dispatch -> experts -> combine, over a pool that belongs to no layer.
+"""The MoE layer: route, then the chosen experts, over a pool that belongs to no layer.
 
 Legend: s sequence (this rank's part under sequence parallelism), b micro-batch, d hidden, r state, T = s * b tokens,
-k experts a token, R rows at this rank's experts.
+k experts a token.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from moue_dist.config import Config
-from moue_dist.kernels.experts.mlp import expert_mlp
 from moue_dist.model.context import MoEContext
 from moue_dist.model.router import Router
-from moue_dist.parallel.dispatch.all_to_all import RouteTable
 
 
 class MoELayer(MegatronModule):
-    """Sits in the mlp slot of megatron-core's TransformerLayer. Owns its router; borrows pool and dispatcher."""
+    """Sits in the mlp slot of megatron-core's TransformerLayer. Owns its router; borrows its experts."""
 
     def __init__(
         self, config: Any, submodules: Any = None, *, run: Config, device: torch.device, shared_mlp: Any = None
@@ -48,14 +46,7 @@ class MoELayer(MegatronModule):
     def bind(self, context: MoEContext) -> None:
         """Lend the rank's shared parts; unregistered, so that the pool stays out of this module's parameters."""
         window = context.topology.windows[self.index]
-        if context.service is not None:
-            object.__setattr__(self, "_table", context.service.table(window))
-            object.__setattr__(self, "_round", self.index - context.first_layer)
-        else:
-            placement, me = context.pool.placement, context.pool.ep_rank
-            table = RouteTable.build(placement.columns, window, placement.expert_parallel, me, context.device)
-            object.__setattr__(self, "_table", table)
-            object.__setattr__(self, "_slab", context.pool.slab(window))
+        object.__setattr__(self, "_experts", context.exchange.layer(window, self.index - context.first_layer))
         object.__setattr__(self, "_context", context)
 
     def forward(
@@ -66,23 +57,10 @@ class MoELayer(MegatronModule):
         x_td = hidden_sbd.reshape(-1, hidden_sbd.shape[-1])
         state_tr = None if state_sbr is None else state_sbr.reshape(-1, state_sbr.shape[-1])
 
-        service = context.service
-        chosen = service.replayed(self._round) if service is not None else None
-        routing = self.router(x_td, state_tr, context.shared_router, context.bias, chosen)
+        experts = self._experts
+        routing = self.router(x_td, state_tr, context.shared_router, context.bias, experts.chosen_before())
         weights_tk = context.observe(self.index, self.router.window, routing)
-        if service is not None:  # experts at home: the same three statements, on the ranks that hold them
-            y_td = service.exchange(x_td, routing.ids_tk, weights_tk, self._table, self._round)
-        else:
-            rows_rd, counts, counts_host, handle = context.dispatcher.dispatch(x_td, routing.ids_tk, self._table)
-            rows_rd = expert_mlp(
-                rows_rd,
-                counts,
-                self._slab,
-                backend=context.experts_backend,  # type: ignore[arg-type]
-                recompute=self.run.parallel.recompute == "selective",
-                counts_host=counts_host,
-            )
-            y_td = context.dispatcher.combine(rows_rd, weights_tk, handle)
+        y_td = experts(x_td, routing.ids_tk, weights_tk)
 
         y_sbd = y_td.view(hidden_sbd.shape)
         if self.shared_expert is not None:

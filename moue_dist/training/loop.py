@@ -16,10 +16,10 @@ from moue_dist.measuring.power import PowerMeter
 from moue_dist.measuring.progress import Progress
 from moue_dist.measuring.slot_log import SlotLog
 from moue_dist.model.balance import load_summary
-from moue_dist.model.build import System
+from moue_dist.model.system import System
 from moue_dist.parallel.pool.synced import UnequalReplicas, check_replicas
 from moue_dist.planning.flops import flops_per_token
-from moue_dist.training.move_pool import replace_by_use
+from moue_dist.training.move_pool import move_by_use
 from moue_dist.training.step import StepResult, TrainingError, evaluate, train_step
 
 GIB = 2**30
@@ -163,7 +163,7 @@ class _Loop:
     def _replace(self, step: int) -> None:
         """Move the pool to the placement that the use since the last move asks for."""
         assert self.use_lp is not None
-        self.system, text = replace_by_use(self.system, step, self.use_lp)
+        text = move_by_use(self.system, step, self.use_lp)
         self.use_lp = None
         self.log.event(step, text)
         self.progress.note(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from moue_dist.config import Config
-from moue_dist.model.build import System, shared_optimizer
-from moue_dist.model.moe import MoELayer
+from moue_dist.model.build import build_exchange, shared_optimizer
+from moue_dist.model.system import System
 from moue_dist.parallel.mesh import Mesh
-from moue_dist.parallel.placement import moving as replacement
+from moue_dist.parallel.placement import moving
 from moue_dist.parallel.placement.costs import Floats, stage_use
 from moue_dist.parallel.placement.of_config import place_pool, stages_of_moe_layers
 from moue_dist.parallel.placement.placement import Placement
@@ -34,21 +33,21 @@ class Moved:
     seconds: float
 
 
-def replace_by_use(system: System, step: int, counts_lp: torch.Tensor) -> tuple[System, str]:
+def move_by_use(system: System, step: int, counts_lp: torch.Tensor) -> str:
     """Plan from `counts_lp` [L, P], the tokens of each layer and expert, equal on all ranks, and move; collective.
 
-    `step` is the number of finished steps. The words are for the log.
+    `step` is the number of finished steps. Returns words for the log.
     """
     config, mesh, old = system.config, system.mesh, system.context.pool.placement
     counts = counts_lp.double().numpy()
     try:
         new = place_pool(config, mesh, counts)
     except ValueError as error:
-        return system, f"kept the placement of the pool: {error}"
+        return f"kept the placement of the pool: {error}"
     use = _use(config, mesh, counts)
-    before, after = (replacement.rows_across(p, use) for p in (old, new))
-    system, moved = replace_pool(system, new, step)
-    return system, (
+    before, after = (moving.rows_across(p, use) for p in (old, new))
+    moved = move_pool(system, new, step)
+    return (
         f"placed the pool anew by use: {moved.experts} of {new.pool} experts moved, {moved.bytes / GIB:.3g} GiB "
         f"between ranks, {moved.seconds:.2f} s; rows that another stage computes {before:.1%} -> {after:.1%}"
     )
@@ -60,30 +59,30 @@ def _use(config: Config, mesh: Mesh, counts: Floats) -> Floats:
 
 
 @torch.no_grad()
-def replace_pool(system: System, placement: Placement, step: int) -> tuple[System, Moved]:
-    """The system with its pool at `placement`: weights, masters, moments; nothing else changes. Collective.
+def move_pool(system: System, placement: Placement, step: int) -> Moved:
+    """Take the system's pool to `placement`: weights, masters, moments; nothing else changes. Collective.
 
-    `step` is the number of finished steps. For experts at home (`service`) with the optimizer's state on the device.
-    The old system's pool is gone afterwards. Raises ReplacementError where ranks disagree.
+    `step` is the number of finished steps. For experts in lock step with the optimizer's state on the device. The old
+    pool is gone afterwards. Raises MoveError where ranks disagree.
     """
     began = time.perf_counter()
     context, mesh, rank, world = system.context, system.mesh, system.rank, system.groups.world
-    service, old, shared = context.service, context.pool, system.shared
-    assert service is not None and system.dense.lockstep is not None
-    replacement.agree(placement, world, system.device)
+    old, shared = context.pool, system.shared
+    assert system.dense.lockstep is not None
+    moving.check_same_plan(placement, world, system.device)
     if placement == old.placement:
-        return system, Moved(0, 0, 0, time.perf_counter() - began)
+        return Moved(0, 0, 0, time.perf_counter() - began)
 
     shared.finish()
     torch.cuda.synchronize()
     timeout = timedelta(seconds=system.config.train.timeout_seconds)
-    groups, unused = replacement.regroup(system.groups, mesh, rank, old.placement, placement, timeout)
-    move = replacement.plan_move(old.placement, placement, mesh, old.buffer.row)
+    groups, unused = moving.regroup(system.groups, mesh, rank, old.placement, placement, timeout)
+    move = moving.plan_move(old.placement, placement, mesh, old.buffer.row)
     states = [shared.states(i) for i in range(len(shared.buffers))]
-    staged = replacement.put_aside(move, rank, old.buffer, states[0])
+    staged = moving.put_aside(move, rank, old.buffer, states[0])
     dtype = old.buffer.weight.dtype
     gone = [tensor for shares in states[0].values() for tensor in shares]
-    replacement.release([old.buffer.weight, old.buffer.grad, *gone])
+    moving.release([old.buffer.weight, old.buffer.grad, *gone])
 
     pool = ExpertPool(
         placement,
@@ -101,7 +100,7 @@ def replace_pool(system: System, placement: Placement, step: int) -> tuple[Syste
         for name, shares in shared.states(i).items():
             for new, known in zip(shares, kept[name], strict=True):
                 new.copy_(known)
-    sent = replacement.send(move, rank, world, staged, pool.buffer, shared.states(0))
+    sent = moving.send(move, rank, world, staged, pool.buffer, shared.states(0))
     shared.set_steps(step)
     shared.publish()
     check_replicas(shared.buffers, world)
@@ -109,12 +108,7 @@ def replace_pool(system: System, placement: Placement, step: int) -> tuple[Syste
     for group in unused:
         dist.destroy_process_group(group)
 
-    context.pool = pool
-    context.service = dataclasses.replace(service, placement=placement, slab=pool.slab(pool.ids))
-    system.dense.lockstep.service = context.service
-    for chunk in system.chunk_modules():
-        for layer in chunk.decoder.layers:
-            if isinstance(layer.mlp, MoELayer):
-                layer.mlp.bind(context)
-    moved = Moved(move.experts, sent, move.bytes, time.perf_counter() - began)
-    return dataclasses.replace(system, groups=groups, shared=shared), moved
+    backend = system.dense.lockstep.exchange.owner.backend
+    exchange = build_exchange(system.config, mesh, system.coord, pool, groups, backend, system.device)
+    system.take_pool(pool, exchange, groups, shared)
+    return Moved(move.experts, sent, move.bytes, time.perf_counter() - began)

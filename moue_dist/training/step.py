@@ -13,8 +13,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from moue_dist.model.balance import balance_terms
-from moue_dist.model.build import System
 from moue_dist.model.context import Tallies
+from moue_dist.model.system import System
 from moue_dist.parallel.recording.timeline import OFF, Timeline
 from moue_dist.training.schedules import learning_rate
 
@@ -41,7 +41,7 @@ def train_step(system: System, microbatches: Sequence[Batch], step: int, timelin
     context, dense, shared = system.context, system.dense, system.shared
     context.begin_step(len(microbatches))
     context.pool.sums.drop()  # what a step that broke off may have left
-    context.dispatcher.timeline = timeline
+    context.exchange.begin_step(timeline)
     dense.zero_grad()
     shared.zero_grad()
 

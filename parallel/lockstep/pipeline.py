@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moue_dist.parallel.groups import Way
+from moue_dist.parallel.lockstep.exchange import LockstepExchange
 from moue_dist.parallel.lockstep.schedule import Schedule
-from moue_dist.parallel.lockstep.service import ExpertService
 from moue_dist.parallel.lockstep.turns import TurnBroken
 from moue_dist.parallel.recording.timeline import OFF, Timeline
 
@@ -47,7 +48,7 @@ class LockstepPipeline:
     """
 
     model: Any  # megatron-core's DistributedDataParallel over one GPTModel
-    service: ExpertService
+    exchange: LockstepExchange
     stage: int
     stages: int
     lag: int
@@ -64,6 +65,10 @@ class LockstepPipeline:
             raise ValueError(f"side by side with a lag of {self.lag}: it must be odd")
         two = self.side_by_side and self.device.type == "cuda"
         self._streams = [torch.cuda.Stream(self.device) for _ in range(2)] if two else None
+        # One thread for the whole run. A new thread's current device is GPU 0: without this every rank of a node would
+        # open a context there.
+        on_device = partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
+        self._second = ThreadPoolExecutor(1, "backward", initializer=on_device)
 
     def run(
         self,
@@ -79,38 +84,37 @@ class LockstepPipeline:
         """
         schedule = Schedule(self.stages, len(microbatches), self.lag, forward_only)
         self._live.clear()
-        self.service.timeline = timeline
-        self.service.begin_step(schedule)
+        self.exchange.begin_step(timeline)
+        self.exchange.begin_schedule(schedule)
         results: list[Any] = []
         inbox: dict[Way, Tensor | None] = {"forward": None, "backward": None}
-        with ThreadPoolExecutor(1, "backward") as second:
-            for slot in schedule.slots:
+        for slot in schedule.slots:
 
-                def forward(slot: int = slot, received: Tensor | None = inbox["forward"]) -> Tensor | None:
-                    with self._on_stream("forward", slot):
-                        return self._forward(schedule, slot, received, forward_step, microbatches, results)
+            def forward(slot: int = slot, received: Tensor | None = inbox["forward"]) -> Tensor | None:
+                with self._on_stream("forward", slot):
+                    return self._forward(schedule, slot, received, forward_step, microbatches, results)
 
-                def backward(slot: int = slot, gradient: Tensor | None = inbox["backward"]) -> Tensor | None:
-                    with self._on_stream("backward", slot):
-                        return self._backward(schedule, slot, gradient)
+            def backward(slot: int = slot, gradient: Tensor | None = inbox["backward"]) -> Tensor | None:
+                with self._on_stream("backward", slot):
+                    return self._backward(schedule, slot, gradient)
 
-                outbox: dict[Way, Tensor | None] = {"forward": None, "backward": None}
-                ways = slot in schedule.forward_slots, slot in schedule.backward_slots
-                if self.side_by_side and all(ways):
-                    outbox["forward"], outbox["backward"] = self._together(forward, backward, second)
-                else:
-                    outbox["forward"] = forward() if ways[0] else None
-                    outbox["backward"] = backward() if ways[1] else None
-                self._meet()
-                inbox = self._shift(schedule, slot, outbox)
-        self.service.end_step()
+            outbox: dict[Way, Tensor | None] = {"forward": None, "backward": None}
+            ways = slot in schedule.forward_slots, slot in schedule.backward_slots
+            if self.side_by_side and all(ways):
+                outbox["forward"], outbox["backward"] = self._together(forward, backward)
+            else:
+                outbox["forward"] = forward() if ways[0] else None
+                outbox["backward"] = backward() if ways[1] else None
+            self._meet()
+            inbox = self._shift(schedule, slot, outbox)
+        self.exchange.end_schedule()
         return results
 
     def _together(
-        self, forward: Callable[[], Tensor | None], backward: Callable[[], Tensor | None], second: ThreadPoolExecutor
+        self, forward: Callable[[], Tensor | None], backward: Callable[[], Tensor | None]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Both directions of a slot, each in its thread. If one fails, the other stops, too; the cause is told."""
-        turns = self.service.begin_together()
+        turns = self.exchange.clock.begin_together()
 
         def in_thread() -> Tensor | None:
             try:
@@ -119,7 +123,7 @@ class LockstepPipeline:
                 turns.give_up()
                 raise
 
-        other: Future[Tensor | None] = second.submit(in_thread)
+        other: Future[Tensor | None] = self._second.submit(in_thread)
         try:
             there = forward()
         except TurnBroken:
@@ -129,7 +133,7 @@ class LockstepPipeline:
             turns.give_up()
             raise
         back = other.result()
-        self.service.end_together()
+        self.exchange.clock.end_together()
         return there, back
 
     def _on_stream(self, way: Way, slot: int) -> contextlib.AbstractContextManager[Any]:
@@ -155,11 +159,11 @@ class LockstepPipeline:
         results: list[Any],
     ) -> Tensor | None:
         """One forward sub-slot: own layers first, then serve what longer stages still run."""
-        self.service.begin("forward", slot)
+        self.exchange.clock.begin("forward", slot)
         m = schedule.microbatch("forward", slot, self.stage)
         output = None
         if m is not None:
-            with self.service.timeline.span("forward", m):
+            with self.exchange.wire.timeline.span("forward", m):
                 if m == 0:
                     self.model.module.set_is_first_microbatch()
                 if received is not None:
@@ -172,25 +176,25 @@ class LockstepPipeline:
                     output = loss / schedule.microbatches
             if not schedule.forward_only:
                 self._live[m] = _Live(received, output)
-        self.service.serve("forward")
-        self.service.finish("forward")
+        self.exchange.serve("forward")
+        self.exchange.clock.finish("forward")
         return None if output is None or self.stage == self.stages - 1 else output.detach()
 
     def _backward(self, schedule: Schedule, slot: int, gradient: Tensor | None) -> Tensor | None:
         """One backward sub-slot, the mirror image: serve the longer stages' last layers first, then own layers."""
-        self.service.begin("backward", slot)
+        self.exchange.clock.begin("backward", slot)
         m = schedule.microbatch("backward", slot, self.stage)
         if m is None:
-            self.service.serve("backward")
-            self.service.finish("backward")
+            self.exchange.serve("backward")
+            self.exchange.clock.finish("backward")
             return None
-        self.service.serve("backward", down_to=self.service.layers[self.stage])
+        self.exchange.serve("backward", down_to=self.exchange.clock.layers[self.stage])
         live = self._live.pop(m)
         last = m == schedule.microbatches - 1
         hold = self.model.no_sync() if self.overlap_grad_reduce and not last else contextlib.nullcontext()
-        with hold, self.service.timeline.span("backward", m):
+        with hold, self.exchange.wire.timeline.span("backward", m):
             torch.autograd.backward(live.output, gradient)  # ONE call: everything of the stage hangs on `output`
-        self.service.finish("backward")
+        self.exchange.clock.finish("backward")
         return None if live.received is None else live.received.grad
 
     def _shift(self, schedule: Schedule, slot: int, outbox: dict[Way, Tensor | None]) -> dict[Way, Tensor | None]:
@@ -208,7 +212,7 @@ class LockstepPipeline:
                 operations.append(dist.P2POp(dist.irecv, coming, self._peer(-step), self.group))
                 inbox[way] = coming
         if operations:
-            with self.service.timeline.span("transfer"):
+            with self.exchange.wire.timeline.span("transfer"):
                 for work in dist.batch_isend_irecv(operations):
                     work.wait()
         return inbox

@@ -1,4 +1,4 @@
-"""The clock of lock step: who runs what in which slot, and what a rank has sent.
+"""The schedule of lock step: which microbatch a stage is at in which slot.
 
 Two stages, three microbatches, lag 0 (F2: forward of microbatch 2, -: only serving):
 
@@ -9,7 +9,6 @@ Two stages, three microbatches, lag 0 (F2: forward of microbatch 2, -: only serv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moue_dist.parallel.groups import Way
@@ -56,21 +55,3 @@ class Schedule:
 
 class LockstepError(RuntimeError):
     """A rank is about to run a round that is not due: named at its cause, where a collective would only hang."""
-
-
-@dataclass
-class Traffic:
-    """Bytes of rows that this rank sent, by where they went. Counts and routing weights are included."""
-
-    same_cell: int = 0
-    same_stage: int = 0
-    other_stage: int = 0
-
-    def add(self, send_bytes: Sequence[int], stage: int, cell: int, expert_parallel: int) -> None:
-        for other, n in enumerate(send_bytes):
-            if other == cell:
-                self.same_cell += n
-            elif other // expert_parallel == stage:
-                self.same_stage += n
-            else:
-                self.other_stage += n

@@ -25,8 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from moue_dist.config import Config
+from moue_dist.parallel.lockstep.exchange import LockstepExchange
 from moue_dist.parallel.lockstep.pipeline import ForwardStep, LockstepPipeline
-from moue_dist.parallel.lockstep.service import ExpertService
 from moue_dist.parallel.megatron import cpu_host, state_packing
 from moue_dist.parallel.megatron.layers import carried_width
 from moue_dist.parallel.megatron.saving import spread_buckets
@@ -186,9 +186,9 @@ class DenseSide:
 
 
 def wrap(
-    config: Config, tconfig: TransformerConfig, chunks: list[GPTModel], mesh: Mesh, service: ExpertService | None
+    config: Config, tconfig: TransformerConfig, chunks: list[GPTModel], mesh: Mesh, lockstep: LockstepExchange | None
 ) -> DenseSide:
-    """DistributedDataParallel and optimizer around the chunks; gradients in fp32. `service`: experts at home."""
+    """DistributedDataParallel and optimizer around the chunks; gradients in fp32. `lockstep`: experts at home."""
     state_width = carried_width(config)
     # Schedules take the shape of what stages exchange from the DDP's configuration (utils.py:604): a copy whose
     # hidden size has room for the state makes every schedule carry it.
@@ -212,8 +212,8 @@ def wrap(
     if p.overlap_grad_reduce:
         no_sync = [d.no_sync for d in ddps]
         wide.no_sync_func = no_sync if len(ddps) > 1 else no_sync[0]
-    lockstep = None if service is None else _lockstep(config, tconfig, mesh, service, ddps[0], wide)
-    return DenseSide(ddps, optimizer, wide, lockstep)
+    pipeline = None if lockstep is None else _lockstep(config, tconfig, mesh, lockstep, ddps[0], wide)
+    return DenseSide(ddps, optimizer, wide, pipeline)
 
 
 def optimizer_config(config: Config, tconfig: TransformerConfig) -> OptimizerConfig:
@@ -238,7 +238,7 @@ def _lockstep(
     config: Config,
     tconfig: TransformerConfig,
     mesh: Mesh,
-    service: ExpertService,
+    exchange: LockstepExchange,
     model: DistributedDataParallel,
     wide: TransformerConfig,
 ) -> LockstepPipeline:
@@ -249,8 +249,8 @@ def _lockstep(
         _workspace_for_each_stream()
     return LockstepPipeline(
         model=model,
-        service=service,
-        stage=service.stage,
+        exchange=exchange,
+        stage=exchange.clock.stage,
         stages=mesh.pipeline,
         lag=config.parallel.slots_behind,
         group=parallel_state.get_pipeline_model_parallel_group(),

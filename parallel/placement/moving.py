@@ -32,7 +32,7 @@ STATES = ("weight", "exp_avg", "exp_avg_sq")  # as `SharedOptimizer.states` name
 BATCH_BYTES = 256 << 20  # that travel at once: no rank sends or receives more in one all-to-all
 
 
-class ReplacementError(RuntimeError):
+class MoveError(RuntimeError):
     """Ranks disagree about a move; nothing has moved yet."""
 
 
@@ -108,13 +108,13 @@ def rows_across(placement: Placement, use: Floats) -> float:
 # On the ranks.
 
 
-def agree(placement: Placement, group: Any, device: torch.device) -> None:
-    """Raise ReplacementError where ranks have planned different placements (collective)."""
+def check_same_plan(placement: Placement, group: Any, device: torch.device) -> None:
+    """Raise MoveError where ranks have planned different placements (collective)."""
     digest = int.from_bytes(hashlib.sha256(repr(placement).encode()).digest()[:7], "big")
     extremes = torch.tensor([digest, -digest], device=device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     if int(extremes[0]) != -int(extremes[1]):
-        raise ReplacementError("ranks have planned different placements of the pool from the same use of the experts")
+        raise MoveError("ranks have planned different placements of the pool from the same use of the experts")
 
 
 def regroup(
@@ -214,4 +214,4 @@ def _of_rank(batch: Ints, mine: Ints, peer: Ints, rank: int) -> tuple[Ints, Ints
 def _same_units(held: Ints, plan: Ints, rank: int, when: str) -> None:
     """The plan is pure; what the buffers hold must be what it says."""
     if not np.array_equal(held, np.flatnonzero(plan == rank)):
-        raise ReplacementError(f"rank {rank} owns other shares {when} the move than the plan says")
+        raise MoveError(f"rank {rank} owns other shares {when} the move than the plan says")

@@ -1,6 +1,6 @@
 """The lock-step schedule, simulated: how many sub-slots, what passes when, one order of collectives, how much is live.
 
-The pipelines and services below are the real ones; only the wire is not there. Every peer is silent: it sends no rows
+The pipelines and exchanges below are the real ones; only the wire is not there. Every peer is silent: it sends no rows
 and its tensors are zeros. So each stage can run alone, and what it posts is written down and compared.
 """
 
@@ -20,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from moue_dist.kernels.experts.mlp import ExpertSlab
 from moue_dist.parallel.lockstep import pipeline as lockstep_pipeline
-from moue_dist.parallel.lockstep import service as lockstep
+from moue_dist.parallel.lockstep import wire as lockstep_wire
+from moue_dist.parallel.lockstep.clock import Clock
+from moue_dist.parallel.lockstep.exchange import LockstepExchange
 from moue_dist.parallel.lockstep.pipeline import LockstepPipeline
 from moue_dist.parallel.lockstep.schedule import LockstepError, Schedule
-from moue_dist.parallel.lockstep.service import ExpertService
 from moue_dist.parallel.placement.placement import Placement
 
 D = 4  # hidden size
@@ -93,10 +94,10 @@ class Wire:
         return stage
 
 
-class Watched(ExpertService):
+class Watched(Clock):
     """Notes the sub-slots and rounds as they are entered, and how many microbatches are live before each backward."""
 
-    entered: list[tuple[str, int, int | None]]  # set by `service_of`
+    entered: list[tuple[str, int, int | None]]  # set by `exchange_of`
     live: list[int]
     pipeline: Any
 
@@ -105,18 +106,18 @@ class Watched(ExpertService):
         self.entered.append((way, slot, None))
         self.live.append(len(self.pipeline._live))
 
-    def _enter(self, way: Any, j: int) -> None:
-        super()._enter(way, j)
+    def enter(self, way: Any, j: int) -> None:
+        super().enter(way, j)
         self.entered.append((way, self.slot, j))
 
 
 class Stage:
     """What a pipeline asks of megatron-core's wrapped model; `n` MoE layers, x + moe(x)."""
 
-    def __init__(self, service: ExpertService, n: int) -> None:
-        self.service, self.n, self.module = service, n, self
+    def __init__(self, exchange: LockstepExchange, n: int) -> None:
+        self.exchange, self.n, self.module = exchange, n, self
         self.weight = torch.ones(1, 1, D, requires_grad=True)
-        self.table = service.table(range(service.placement.pool))
+        self.experts = [exchange.layer(range(exchange.placement.pool), j) for j in range(n)]
 
     def set_is_first_microbatch(self) -> None: ...
 
@@ -124,42 +125,44 @@ class Stage:
         self.received = received
 
     def layer(self, x: Tensor, j: int) -> Tensor:
-        chosen = self.service.replayed(j)
+        chosen = self.experts[j].chosen_before()
         ids = torch.zeros(1, 1, dtype=torch.int64) if chosen is None else chosen
-        y = self.service.exchange(x.view(1, D), ids, x.new_ones(1, 1), self.table, j)
+        y = self.experts[j](x.view(1, D), ids, x.new_ones(1, 1))
         return x + y.view_as(x)
 
     def __call__(self) -> Tensor:
         x = self.weight if self.received is None else self.received + self.weight
         for j in range(self.n):
-            x = checkpoint(self.layer, x, j, use_reentrant=True) if self.service.recompute else self.layer(x, j)
+            x = checkpoint(self.layer, x, j, use_reentrant=True) if self.exchange.recompute else self.layer(x, j)
         return x
 
 
-def service_of(stage: int, layers: tuple[int, ...], *, ep: int = 1, recompute: bool = False) -> Any:
+def exchange_of(stage: int, layers: tuple[int, ...], *, ep: int = 1, recompute: bool = False) -> LockstepExchange:
     cells = len(layers) * ep
     home = Placement(len(layers), ep, tuple((e // ep,) for e in range(cells)), tuple(e % ep for e in range(cells)))
     slab = ExpertSlab(torch.ones(1, 3 * D), torch.zeros(1, 3 * D), D, 1, ((0, 1),))
-    service: Any = Watched(
-        placement=home,
-        stage=stage,
-        ep_rank=0,
-        layers=layers,
-        slab=slab,
-        groups={"forward": "forward", "backward": "backward"},
+    pool: Any = SimpleNamespace(placement=home, ep_rank=0, ids=home.rows(stage, 0), slab=lambda ids: slab)
+    exchange = LockstepExchange(
+        pool,
+        stage,
+        layers,
+        {"forward": "forward", "backward": "backward"},
         backend="loop",
         recompute=recompute,
         device=torch.device("cpu"),
     )
-    service.entered, service.live, service.pipeline = [], [], SimpleNamespace(_live={})
-    return service
+    clock: Any = exchange.clock
+    clock.__class__ = Watched
+    clock.entered, clock.live, clock.pipeline = [], [], SimpleNamespace(_live={})
+    return exchange
 
 
 def run_stage(stage: int, layers: tuple[int, ...], microbatches: int, lag: int, recompute: bool, ep: int) -> Any:
-    service = service_of(stage, layers, ep=ep, recompute=recompute)
+    exchange = exchange_of(stage, layers, ep=ep, recompute=recompute)
+    clock: Any = exchange.clock
     pipeline = LockstepPipeline(
-        model=Stage(service, layers[stage]),
-        service=service,
+        model=Stage(exchange, layers[stage]),
+        exchange=exchange,
         stage=stage,
         stages=len(layers),
         lag=lag,
@@ -170,7 +173,7 @@ def run_stage(stage: int, layers: tuple[int, ...], microbatches: int, lag: int, 
         overlap_grad_reduce=False,
         side_by_side=lag % 2 == 1,
     )
-    service.pipeline = pipeline
+    clock.pipeline = pipeline
 
     def forward_step(batch: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
         return model(), lambda output: (output.sum(), {"loss": output.sum().detach()})
@@ -178,7 +181,7 @@ def run_stage(stage: int, layers: tuple[int, ...], microbatches: int, lag: int, 
     results = pipeline.run(forward_step, [None] * microbatches)
     assert len(results) == (microbatches if stage == len(layers) - 1 else 0)
     assert not pipeline._live
-    return service
+    return clock
 
 
 @pytest.mark.parametrize(
@@ -203,12 +206,12 @@ def test_all_stages_post_the_same_collectives_in_the_same_order(
     layers: tuple[int, ...], microbatches: int, lag: int, recompute: bool, ep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages, rounds = len(layers), max(layers)
-    services, wires = [], []
+    clocks, wires = [], []
     for stage in range(stages):
         wire = Wire(stage)
-        monkeypatch.setattr(lockstep, "dist", wire)
+        monkeypatch.setattr(lockstep_wire, "dist", wire)
         monkeypatch.setattr(lockstep_pipeline, "dist", wire)
-        services.append(run_stage(stage, layers, microbatches, lag, recompute, ep))
+        clocks.append(run_stage(stage, layers, microbatches, lag, recompute, ep))
         wires.append(wire)
 
     slots = microbatches + stages - 1
@@ -218,18 +221,18 @@ def test_all_stages_post_the_same_collectives_in_the_same_order(
             expected += [("forward", t, j) for j in (None, *range(rounds))]
         if t >= stages - 1 + lag:
             expected += [("backward", t, j) for j in (None, *reversed(range(rounds)))]
-    for stage, (service, wire) in enumerate(zip(services, wires, strict=True)):
+    for stage, (clock, wire) in enumerate(zip(clocks, wires, strict=True)):
         for way in ("forward", "backward"):  # side by side, which thread enters first is not fixed; what they send is
-            mine = [x for x in service.entered if x[0] == way]
+            mine = [x for x in clock.entered if x[0] == way]
             assert mine == [x for x in expected if x[0] == way], f"stage {stage}"
-        assert lag % 2 or service.entered == expected, f"stage {stage}"
+        assert lag % 2 or clock.entered == expected, f"stage {stage}"
         assert wire.collectives == wires[0].collectives, f"stage {stage}"
         for way in ("forward", "backward"):
-            assert sum(w == way and j is None for w, _, j in service.entered) == slots
+            assert sum(w == way and j is None for w, _, j in clock.entered) == slots
             posted = sum(group == way for group, _ in wire.collectives)
             assert posted and posted % (slots * rounds) == 0, "every round takes the same collectives"
         in_flight = min(microbatches, 2 * (stages - 1 - stage) + 1 + lag)
-        assert in_flight - lag % 2 <= max(service.live) <= in_flight
+        assert in_flight - lag % 2 <= max(clock.live) <= in_flight
     _pair_up(wires)
 
 
@@ -238,20 +241,20 @@ def test_a_layer_that_runs_again_takes_the_experts_of_its_first_run(monkeypatch:
 
     class Fickle(Stage):
         def layer(self, x: Tensor, j: int) -> Tensor:
-            taken = self.service.replayed(j)
+            taken = self.experts[j].chosen_before()
             if taken is None:
                 choice = torch.tensor([[len(self.chosen) % 2]])
                 self.chosen.append(choice)
             else:
                 choice = taken
                 self.again.append(taken)
-            y = self.service.exchange(x.view(1, D), choice, x.new_ones(1, 1), self.table, j)
+            y = self.experts[j](x.view(1, D), choice, x.new_ones(1, 1))
             return x + y.view_as(x)
 
         chosen: list[Tensor] = []  # noqa: RUF012  one test, one stage
         again: list[Tensor] = []  # noqa: RUF012
 
-    monkeypatch.setattr(lockstep, "dist", Wire(1))
+    monkeypatch.setattr(lockstep_wire, "dist", Wire(1))
     monkeypatch.setattr(lockstep_pipeline, "dist", Wire(1))
     monkeypatch.setattr(__name__ + ".Stage", Fickle)
     run_stage(1, (1, 1), 5, 1, True, 1)
@@ -273,10 +276,10 @@ def _pair_up(wires: list[Wire]) -> None:
 
 
 def opened(way: Any, *, layers: tuple[int, ...] = (2, 3), microbatches: int = 2) -> Any:
-    service = service_of(0, layers)
-    service.begin_step(Schedule(len(layers), microbatches))
-    service.begin(way, 1)
-    return service
+    exchange = exchange_of(0, layers)
+    exchange.begin_schedule(Schedule(len(layers), microbatches))
+    exchange.clock.begin(way, 1)
+    return exchange
 
 
 @pytest.mark.parametrize(
@@ -291,39 +294,39 @@ def test_a_round_that_is_not_due_is_named_before_anything_is_sent(
     due: str, way: str, j: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wire = Wire()
-    monkeypatch.setattr(lockstep, "dist", wire)
-    service, rows = opened(due), torch.empty(0, D)
+    monkeypatch.setattr(lockstep_wire, "dist", wire)
+    exchange, rows = opened(due), torch.empty(0, D)
     with pytest.raises(LockstepError, match=message):
         if way == "forward":
-            service._forward_round(j, rows, torch.zeros(2, 1, dtype=torch.int64))
+            exchange.forward_round(j, rows, torch.zeros(2, 1, dtype=torch.int64))
         else:
-            service._backward_round(j, rows, torch.empty(0), rows, [0, 0])
+            exchange.backward_round(j, rows, torch.empty(0), rows, [0, 0])
     assert not wire.collectives
 
 
 def test_a_round_more_or_less_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockstep, "dist", Wire())
-    service = opened("forward")
-    service._forward_round(0, torch.empty(0, D), torch.zeros(2, 1, dtype=torch.int64))
+    monkeypatch.setattr(lockstep_wire, "dist", Wire())
+    exchange = opened("forward")
+    exchange.forward_round(0, torch.empty(0, D), torch.zeros(2, 1, dtype=torch.int64))
     with pytest.raises(LockstepError, match=r"slot 1, stage 0: forward rounds \[1, 2\] were left"):
-        service.finish("forward")
-    service.serve("forward")
-    service.finish("forward")
+        exchange.clock.finish("forward")
+    exchange.serve("forward")
+    exchange.clock.finish("forward")
     with pytest.raises(LockstepError, match="forward of layer 3 entered, but nothing is due"):
-        service._forward_round(3, torch.empty(0, D), torch.zeros(2, 1, dtype=torch.int64))
+        exchange.forward_round(3, torch.empty(0, D), torch.zeros(2, 1, dtype=torch.int64))
 
 
 def test_rows_from_a_stage_that_is_idle_are_refused() -> None:
-    service = opened("forward", microbatches=1)  # in slot 1 stage 1 is at microbatch 0, stage 0 is through
+    exchange = opened("forward", microbatches=1)  # in slot 1 stage 1 is at microbatch 0, stage 0 is through
     with pytest.raises(LockstepError, match="cell 0 sent rows of layer 0, but is idle by schedule"):
-        service._keep(0, torch.ones(2, D), torch.tensor([[1], [1]]), [1, 1])
+        exchange.owner.keep(0, torch.ones(2, D), torch.tensor([[1], [1]]), [1, 1])
 
 
 def test_a_microbatch_without_its_backward_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockstep, "dist", Wire())
-    service = opened("forward")
-    service.serve("forward")
+    monkeypatch.setattr(lockstep_wire, "dist", Wire())
+    exchange = opened("forward")
+    exchange.serve("forward")
     with pytest.raises(LockstepError, match="never had their backward"):
-        service.end_step()
-    service.begin_step(Schedule(2, 1))  # a step that broke off is forgotten
-    service.end_step()
+        exchange.end_schedule()
+    exchange.begin_schedule(Schedule(2, 1))  # a step that broke off is forgotten
+    exchange.end_schedule()

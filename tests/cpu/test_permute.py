@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def routing(tokens: int, k: int, experts: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(position_tk, source_r, slot_r) of a random choice of k different experts per token, rows sorted by expert."""
+    """(position_tk, source_r, choice_r) of a random choice of k different experts per token, rows sorted by expert."""
     choice_tk = torch.rand(tokens, experts).argsort(1)[:, :k]
-    slot_r = choice_tk.reshape(-1).argsort(stable=True)
-    position_tk = torch.empty_like(slot_r)
-    position_tk[slot_r] = torch.arange(tokens * k)
-    return position_tk.reshape(tokens, k), slot_r // k, slot_r
+    choice_r = choice_tk.reshape(-1).argsort(stable=True)
+    position_tk = torch.empty_like(choice_r)
+    position_tk[choice_r] = torch.arange(tokens * k)
+    return position_tk.reshape(tokens, k), choice_r // k, choice_r
 
 
 def test_docstring_examples():

@@ -9,7 +9,7 @@ import torch
 
 from moue_dist.parallel.lockstep.pipeline import LockstepPipeline
 from moue_dist.parallel.lockstep.turns import TurnBroken, Turns, side_by_side
-from tests.cpu.test_lockstep_schedule import D, Stage, service_of
+from tests.cpu.test_lockstep_schedule import D, Stage, exchange_of
 
 
 def test_the_order_of_a_slot():
@@ -77,16 +77,16 @@ class Broken(Stage):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("at", ["forward", "backward"])
 def test_a_failure_in_one_direction_ends_the_other_and_is_the_one_told(at, monkeypatch):
-    from moue_dist.parallel.lockstep import service as lockstep
+    from moue_dist.parallel.lockstep import wire as lockstep
     from tests.cpu.test_lockstep_schedule import Wire
 
     monkeypatch.setattr(lockstep, "dist", Wire())
-    service = service_of(0, (1,))
-    model = Broken(service, 1)
+    exchange = exchange_of(0, (1,))
+    model = Broken(exchange, 1)
     model.at = at
     pipeline = LockstepPipeline(
         model=model,
-        service=service,
+        exchange=exchange,
         stage=0,
         stages=1,
         lag=1,

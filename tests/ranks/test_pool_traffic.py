@@ -32,8 +32,8 @@ def one_step(config: Config) -> tuple[torch.Tensor, int, int, int, int]:
     try:
         tokens = parity.tokens_of(config, 1, seed=3)[0]
         result = train_step(system, parity.microbatches(config, tokens, system.coord.dp, system.mesh.data), 0)
-        sent: Any = system.context.service.traffic  # type: ignore[union-attr]
-        kept = system.context.service.rows_kept_peak  # type: ignore[union-attr]
+        sent: Any = system.context.exchange.sent
+        kept = system.dense.lockstep.exchange.owner.rows_kept_peak
         return result.counts_lp, sent.other_stage, sent.same_stage, sent.same_cell, kept
     finally:
         dist.barrier()

@@ -76,7 +76,7 @@ def train(config: Config, seed: int, moves: dict[int, Placement]) -> Told:
     """Inside a rank: train all steps, moving the pool after the steps that `moves` names."""
     from moue_dist.parallel.megatron import adapter as megatron
     from moue_dist.parallel.pool.synced import check_replicas
-    from moue_dist.training.move_pool import replace_pool
+    from moue_dist.training.move_pool import move_pool
     from moue_dist.training.step import train_step
 
     system = parity.build(config)
@@ -90,7 +90,7 @@ def train(config: Config, seed: int, moves: dict[int, Placement]) -> Told:
                 continue
             old = system.context.pool
             plan = plan_move(old.placement, moves[i + 1], system.mesh, old.buffer.row)
-            system, moved = replace_pool(system, moves[i + 1], i + 1)
+            moved = move_pool(system, moves[i + 1], i + 1)
             assert not old.buffer.weight.untyped_storage().size(), "the old weights keep their memory"
             sent.append(moved.bytes_sent)
             planned.append(plan.bytes_sent(system.rank))
@@ -204,14 +204,14 @@ def _merge_states(run: list[Told]) -> dict[Unit, Tensor]:
 def disagree(config: Config) -> str:
     """Inside a rank: what happens where the ranks have planned different placements."""
     from moue_dist.parallel.megatron import adapter as megatron
-    from moue_dist.parallel.placement.moving import ReplacementError
-    from moue_dist.training.move_pool import replace_pool
+    from moue_dist.parallel.placement.moving import MoveError
+    from moue_dist.training.move_pool import move_pool
 
     system = parity.build(config)
     try:
         old = system.context.pool.placement
-        with pytest.raises(ReplacementError) as error:
-            replace_pool(system, rotated(old) if dist.get_rank() else old, 0)
+        with pytest.raises(MoveError) as error:
+            move_pool(system, rotated(old) if dist.get_rank() else old, 0)
         assert system.context.pool.buffer.weight.untyped_storage().size()
         return str(error.value)
     finally:

@@ -1,0 +1,29 @@
+"""What a rank has sent for the pool, by how far it went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass
+class SentBytes:
+    """Bytes of rows that this rank sent, by where they went. Counts and routing weights are included."""
+
+    same_cell: int = 0
+    same_stage: int = 0
+    other_stage: int = 0
+
+    def add(self, send_bytes: Sequence[int], stage: int, cell: int, expert_parallel: int) -> None:
+        for other, n in enumerate(send_bytes):
+            if other == cell:
+                self.same_cell += n
+            elif other // expert_parallel == stage:
+                self.same_stage += n
+            else:
+                self.other_stage += n
+
+    def __add__(self, other: SentBytes) -> SentBytes:
+        return SentBytes(
+            self.same_cell + other.same_cell, self.same_stage + other.same_stage, self.other_stage + other.other_stage
+        )
