@@ -98,6 +98,19 @@ class TorchGemm:
             seen, row = here.stop, end_row
         return TorchGemm(tuple(parts), impl)
 
+    @staticmethod
+    def covering(spans: Spans, row_ids: Tensor, counts_n: Tensor, rows: int, impl: Impl) -> TorchGemm:
+        """One group for every expert from the first visible one to the last, those between them without rows.
+
+        `row_ids` are the visible experts, on the device. So nothing waits for the device, and `rows` may be more than
+        there are. Where that range is wider than MOST_GROUPS, the rows are cut after all (`of`).
+        """
+        first, end = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+        if len(spans) < 2 or end - first > MOST_GROUPS:
+            return TorchGemm.of(spans, counts_n, rows, None, impl)
+        wide_n = counts_n.new_zeros(end - first).index_copy_(0, row_ids - first, counts_n)
+        return TorchGemm((((first, end), (0, rows), wide_n, _offsets(wide_n)),), impl)
+
     def forward(self, x_ri: Tensor, w_noi: Tensor) -> Tensor:
         return _join([grouped_mm(x_ri[a:b], w_noi[e:f].transpose(-2, -1), o) for (e, f), (a, b), _, o in self.parts])
 

@@ -15,12 +15,15 @@ from torch.autograd.function import once_differentiable
 from moue_dist.kernels.backend import Impl, default_impl
 
 
-def swiglu_forward(z_r2f: Tensor, impl: Impl | None = None) -> Tensor:
-    """h[r] = silu(z[r, :f]) * z[r, f:], [R, f] in z's dtype. Example: z = [[0, 2], [20, 2]] -> [[0], [40]]."""
+def swiglu_forward(z_r2f: Tensor, impl: Impl | None = None, live: Tensor | None = None) -> Tensor:
+    """h[r] = silu(z[r, :f]) * z[r, f:], [R, f] in z's dtype. Example: z = [[0, 2], [20, 2]] -> [[0], [40]].
+
+    `live` [1] int32 on the device: from that row on nothing is computed, and the result holds anything.
+    """
     if (impl or default_impl(z_r2f.device)) == "triton":
         from moue_dist.kernels.experts import swiglu_triton
 
-        return swiglu_triton.swiglu_forward(z_r2f)
+        return swiglu_triton.swiglu_forward(z_r2f, live)
     gate, up = _wide(z_r2f).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(z_r2f.dtype)
 
@@ -44,17 +47,17 @@ def swiglu_backward(z_r2f: Tensor, dh_rf: Tensor, impl: Impl | None = None) -> t
 
 
 def swiglu_weighted_backward(
-    z_r2f: Tensor, dh_rf: Tensor, weight_r: Tensor, impl: Impl | None = None
+    z_r2f: Tensor, dh_rf: Tensor, weight_r: Tensor, impl: Impl | None = None, live: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a row that is weighted behind the experts: (dz of weight * dh, weight * h, dweight = <h, dh>).
 
-    dweight is [R] fp32 (fp64 for fp64). Example: z = [[20, 2]], dh = [[1]], weight = [0.5] -> dz = [[1, 10]],
-    weight * h = [[20]], dweight = [40].
+    `live` as in `swiglu_forward`. dweight is [R] fp32 (fp64 for fp64). Example: z = [[20, 2]], dh = [[1]], weight =
+    [0.5] -> dz = [[1, 10]], weight * h = [[20]], dweight = [40].
     """
     if (impl or default_impl(z_r2f.device)) == "triton":
         from moue_dist.kernels.experts import swiglu_triton
 
-        return swiglu_triton.swiglu_weighted_backward(z_r2f, dh_rf, weight_r)
+        return swiglu_triton.swiglu_weighted_backward(z_r2f, dh_rf, weight_r, live)
     wide = torch.float64 if z_r2f.dtype == torch.float64 else torch.float32
     w_r1, dh = weight_r.to(wide)[:, None], dh_rf.to(wide)
     dz_r2f, h_rf = swiglu_backward(z_r2f.to(wide), dh * w_r1, "torch")

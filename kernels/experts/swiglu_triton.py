@@ -13,7 +13,7 @@ from torch import Tensor
 from moue_dist.kernels.rows.permute_triton import tile
 
 
-def swiglu_forward(z_r2f: Tensor) -> Tensor:
+def swiglu_forward(z_r2f: Tensor, live: Tensor | None = None) -> Tensor:
     """See `swiglu.swiglu_forward`."""
     z_r2f = z_r2f.contiguous()
     rows, f = z_r2f.shape[0], z_r2f.shape[1] // 2
@@ -21,7 +21,7 @@ def swiglu_forward(z_r2f: Tensor) -> Tensor:
     if h_rf.numel():
         block_r, block_f = tile(f)
         grid = (triton.cdiv(rows, block_r), triton.cdiv(f, block_f))
-        _swiglu_forward[grid](z_r2f, h_rf, rows, f, block_r, block_f)
+        _swiglu_forward[grid](z_r2f, h_rf, h_rf if live is None else live, rows, f, live is not None, block_r, block_f)
     return h_rf
 
 
@@ -37,7 +37,9 @@ def swiglu_backward(z_r2f: Tensor, dh_rf: Tensor) -> tuple[Tensor, Tensor]:
     return dz_r2f, h_rf
 
 
-def swiglu_weighted_backward(z_r2f: Tensor, dh_rf: Tensor, weight_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_weighted_backward(
+    z_r2f: Tensor, dh_rf: Tensor, weight_r: Tensor, live: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `swiglu.swiglu_weighted_backward`."""
     z_r2f, dh_rf, weight_r = z_r2f.contiguous(), dh_rf.contiguous(), weight_r.contiguous()
     rows, f = dh_rf.shape
@@ -45,12 +47,22 @@ def swiglu_weighted_backward(z_r2f: Tensor, dh_rf: Tensor, weight_r: Tensor) -> 
     if h_rf.numel():
         block_r, block_f = tile(f, 1024)
         grid = (triton.cdiv(rows, block_r),)
-        _swiglu_weighted_backward[grid](z_r2f, dh_rf, weight_r, dz_r2f, h_rf, dweight_r, rows, f, block_r, block_f)
+        _swiglu_weighted_backward[grid](
+            z_r2f, dh_rf, weight_r, dz_r2f, h_rf, dweight_r, h_rf if live is None else live, rows,
+            f, live is not None, block_r, block_f,
+        )  # fmt: skip
     return dz_r2f, h_rf, dweight_r
 
 
 @triton.jit
-def _swiglu_forward(z_ptr, h_ptr, rows, F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
+def _swiglu_forward(
+    z_ptr, h_ptr, live_ptr, rows,
+    F: tl.constexpr, LIVE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    if LIVE:
+        rows = tl.load(live_ptr)
+        if tl.program_id(0) * BLOCK_R >= rows:
+            return
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = (r < rows)[:, None] & (c < F)[None, :]
@@ -83,8 +95,13 @@ def _swiglu_backward(
 
 @triton.jit
 def _swiglu_weighted_backward(
-    z_ptr, dh_ptr, w_ptr, dz_ptr, h_ptr, dw_ptr, rows, F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr
+    z_ptr, dh_ptr, w_ptr, dz_ptr, h_ptr, dw_ptr, live_ptr, rows,
+    F: tl.constexpr, LIVE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    if LIVE:
+        rows = tl.load(live_ptr)
+        if tl.program_id(0) * BLOCK_R >= rows:
+            return
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     w = tl.load(w_ptr + r, mask=r < rows, other=0.0)[:, None]
     dw = tl.zeros((BLOCK_R,), dtype=tl.float32)

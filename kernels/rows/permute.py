@@ -21,8 +21,16 @@ from torch.autograd.function import once_differentiable
 from moue_dist.kernels.backend import Impl, default_impl
 
 
-def gather_rows(x_td: Tensor, index_r: Tensor, scale_r: Tensor | None = None, impl: Impl | None = None) -> Tensor:
+def gather_rows(
+    x_td: Tensor,
+    index_r: Tensor,
+    scale_r: Tensor | None = None,
+    impl: Impl | None = None,
+    live: Tensor | None = None,
+) -> Tensor:
     """y[r] = x[index[r]] * scale[r]; a row of zeros where index[r] is -1. Returns [R, d] in x's dtype.
+
+    `live` [1] int32 on the device: from that row on nothing is read or written, and the result holds anything.
 
     Example: x = [[1, 2], [3, 4]], index = [1, -1, 0], scale = [2, 5, 1] -> [[6, 8], [0, 0], [1, 2]].
     `impl` None picks by device (`backend.default_impl`).
@@ -30,7 +38,7 @@ def gather_rows(x_td: Tensor, index_r: Tensor, scale_r: Tensor | None = None, im
     if (impl or default_impl(x_td.device)) == "triton":
         from moue_dist.kernels.rows import permute_triton
 
-        return permute_triton.gather_rows(x_td, index_r, scale_r)
+        return permute_triton.gather_rows(x_td, index_r, scale_r, live)
     if x_td.shape[0] == 0:
         return x_td.new_zeros(index_r.shape[0], x_td.shape[1])
     y_rd = x_td.index_select(0, index_r.clamp_min(0))

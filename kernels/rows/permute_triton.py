@@ -23,7 +23,7 @@ def tile(width: int, elements: int = TILE) -> tuple[int, int]:
     return elements // columns, columns
 
 
-def gather_rows(x_td: Tensor, index_r: Tensor, scale_r: Tensor | None) -> Tensor:
+def gather_rows(x_td: Tensor, index_r: Tensor, scale_r: Tensor | None, live: Tensor | None = None) -> Tensor:
     """See `permute.gather_rows`."""
     _check(x_td)
     x_td, index_r = x_td.contiguous(), index_r.contiguous()
@@ -33,7 +33,10 @@ def gather_rows(x_td: Tensor, index_r: Tensor, scale_r: Tensor | None) -> Tensor
         scale = index_r if scale_r is None else scale_r.contiguous()
         block_r, block_d = tile(d)
         grid = (triton.cdiv(rows, block_r), triton.cdiv(d, block_d))
-        _gather_rows[grid](x_td, index_r, scale, y_rd, rows, d, scale_r is not None, block_r, block_d)
+        _gather_rows[grid](
+            x_td, index_r, scale, y_rd, index_r if live is None else live, rows,
+            d, scale_r is not None, live is not None, block_r, block_d,
+        )  # fmt: skip
     return y_rd
 
 
@@ -71,9 +74,13 @@ def _check(x: Tensor) -> None:
 
 @triton.jit
 def _gather_rows(
-    x_ptr, index_ptr, scale_ptr, y_ptr, rows,
-    D: tl.constexpr, SCALED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, index_ptr, scale_ptr, y_ptr, live_ptr, rows,
+    D: tl.constexpr, SCALED: tl.constexpr, LIVE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    if LIVE:
+        rows = tl.load(live_ptr)
+        if tl.program_id(0) * BLOCK_R >= rows:
+            return
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (r < rows)[:, None] & (c < D)[None, :]

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from moue_dist.config import Config
-from moue_dist.kernels.backend import ExpertBackend
 from moue_dist.measuring.measured_use import measured_use
 from moue_dist.model.balance import BalanceState
 from moue_dist.model.context import MoEContext
@@ -19,6 +18,7 @@ from moue_dist.model.router import SharedRouter
 from moue_dist.model.system import System
 from moue_dist.parallel.dispatch.all_to_all import AllToAllDispatcher
 from moue_dist.parallel.dispatch.exchange import ExpertExchange
+from moue_dist.parallel.dispatch.gathered import GatheredExchange
 from moue_dist.parallel.dispatch.stage import StageExchange
 from moue_dist.parallel.groups import Groups, build_groups
 from moue_dist.parallel.lockstep.exchange import LockstepExchange
@@ -66,7 +66,7 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
     pool.initialise(config.train.seed, *expert_stds(config))
     shared_router = SharedRouter(config.moe, device)
     initialise_shared_router(config, shared_router)
-    exchange = build_exchange(config, mesh, coord, pool, groups, resolved.experts, device)
+    exchange = build_exchange(config, mesh, coord, pool, groups, resolved, device)
     context = MoEContext(
         config=config,
         topology=topology,
@@ -94,7 +94,7 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
         buffers.append(router_buffer)
     shared = shared_optimizer(config, buffers)
     check_replicas(buffers, groups.world)
-    return System(config, mesh, coord, rank, layout, groups, dense, context, shared, device)
+    return System(config, resolved, mesh, coord, rank, layout, groups, dense, context, shared, device)
 
 
 def build_exchange(
@@ -103,14 +103,17 @@ def build_exchange(
     coord: Coord,
     pool: ExpertPool,
     groups: Groups,
-    backend: ExpertBackend,
+    resolved: Resolved,
     device: torch.device,
 ) -> ExpertExchange:
-    """This rank's way to the pool's experts, as the placement has it."""
-    if config.parallel.placement == "replicate":
+    """This rank's way to the pool's experts."""
+    backend, recompute = resolved.experts, config.parallel.recompute == "selective"
+    if resolved.dispatch == "all_to_all":
         dispatcher = AllToAllDispatcher(megatron.expert_group())
-        recompute = config.parallel.recompute == "selective"
         return StageExchange(pool, dispatcher, backend=backend, recompute=recompute, device=device)
+    if resolved.dispatch == "gathered":
+        group = megatron.expert_group()
+        return GatheredExchange(pool, group, backend=backend, recompute=recompute, headroom=config.moe.headroom)
     layout = stage_layout(config.model.layers, mesh.pipeline, mesh.virtual, config.parallel.stage_layers)
     return LockstepExchange(
         pool,

@@ -16,6 +16,7 @@ from moue_dist.parallel.megatron import adapter as megatron
 from moue_dist.parallel.mesh import Coord, Mesh
 from moue_dist.parallel.pool.pool import ExpertPool
 from moue_dist.parallel.pool.synced import SharedOptimizer
+from moue_dist.refusals.machine import Resolved
 
 
 @dataclass
@@ -23,6 +24,7 @@ class System:
     """Built once; only the pool may change later, with all that hangs on it (`take_pool`)."""
 
     config: Config
+    resolved: Resolved
     mesh: Mesh
     coord: Coord
     rank: int

@@ -16,6 +16,7 @@ class Resolved(NamedTuple):
     experts: Literal["loop", "torch", "te"]
     fp8_recipe: str | None
     merge_wgrad: int = 1
+    dispatch: Literal["all_to_all", "gathered", "lockstep"] = "all_to_all"
 
 
 MERGED = 4  # layers: what halves the time of weight gradients on an H200 at 256 rows an expert (docs/log.md)
@@ -43,7 +44,7 @@ def resolve(config: Config, cuda: bool, device: Device | None, te_installed: boo
         f"train.fp8_recipe={t.fp8_recipe} is only for train.precision=fp8, not {t.precision}; set it to auto",
     )
     experts = _experts(config, where, te)
-    return Resolved(where, te, experts, recipe, _merge_wgrad(config, where, experts))
+    return Resolved(where, te, experts, recipe, _merge_wgrad(config, where, experts), _dispatch(config, experts))
 
 
 def _merge_wgrad(config: Config, where: str, experts: str) -> int:
@@ -58,6 +59,26 @@ def _merge_wgrad(config: Config, where: str, experts: str) -> int:
         return asked
     shared = config.moe_layers * config.topology().window > config.moe.pool
     return MERGED if where == "cuda" and experts == "torch" and shared else 1
+
+
+def _dispatch(config: Config, experts: str) -> Literal["all_to_all", "gathered", "lockstep"]:
+    """Tokens once a rank where that moves no more than the rows would, one by one; lock step for experts at home."""
+    asked, placement = config.moe.dispatch, config.parallel.placement
+    if placement != "replicate":
+        refuse(
+            asked != "auto",
+            f"moe.dispatch={asked} is for parallel.placement=replicate; {placement} has an exchange of its own: set it "
+            "to auto",
+        )
+        return "lockstep"
+    refuse(
+        asked == "gathered" and experts == "te",
+        "moe.dispatch=gathered keeps the number of rows on the device, but moe.experts=te needs it on the host; set "
+        "moe.dispatch=auto or moe.experts=torch",
+    )
+    if asked != "auto":
+        return asked
+    return "gathered" if experts != "te" and config.parallel.expert_parallel <= config.moe.top_k else "all_to_all"
 
 
 def _fp8_recipe(config: Config, where: str, device: Device | None, te: bool) -> str:

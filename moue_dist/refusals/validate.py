@@ -25,6 +25,7 @@ _LEAST: dict[str, tuple[float, bool]] = {
     **{f"moe.{k}": (1, False) for k in ("pool", "top_k", "expert_width", "group", "state_width")},
     **{f"moe.{k}": (0, False) for k in ("window", "stride", "state_decay", "shared_expert_width", "merge_wgrad")},
     "moe.route_scale": (0, True),
+    "moe.headroom": (1, False),
     **{f"balance.{k}": (0, False) for k in ("uelb", "pool", "layer", "bias", "z_loss")},
     **{
         f"parallel.{k}": (1, False)

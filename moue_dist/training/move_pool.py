@@ -108,7 +108,6 @@ def move_pool(system: System, placement: Placement, step: int) -> Moved:
     for group in unused:
         dist.destroy_process_group(group)
 
-    backend = system.dense.lockstep.exchange.owner.backend
-    exchange = build_exchange(system.config, mesh, system.coord, pool, groups, backend, system.device)
+    exchange = build_exchange(system.config, mesh, system.coord, pool, groups, system.resolved, system.device)
     system.take_pool(pool, exchange, groups, shared)
     return Moved(move.experts, sent, move.bytes, time.perf_counter() - began)

@@ -38,14 +38,8 @@ class StepResult:
 
 def train_step(system: System, microbatches: Sequence[Batch], step: int, timeline: Timeline = OFF) -> StepResult:
     """One optimizer step (0-based `step`) over this rank's microbatches of the global batch."""
-    context, dense, shared = system.context, system.dense, system.shared
-    context.begin_step(len(microbatches))
-    context.pool.sums.drop()  # what a step that broke off may have left
-    context.exchange.begin_step(timeline)
-    dense.zero_grad()
-    shared.zero_grad()
-
-    losses = _run(system, microbatches, forward_only=False, timeline=timeline)  # reduces dense gradients at its end
+    context, shared = system.context, system.shared
+    losses = _gradients(system, microbatches, timeline)
     with timeline.span("optimizer"):
         context.pool.sums.flush()
         shared.reduce()
@@ -62,6 +56,23 @@ def train_step(system: System, microbatches: Sequence[Batch], step: int, timelin
     return StepResult(loss, aux, norm, lr, tallies.counts_lp.cpu())
 
 
+def _gradients(system: System, microbatches: Sequence[Batch], timeline: Timeline) -> list[Tensor]:
+    """Forward and backward of all microbatches into empty gradients; this rank's losses on the last stage.
+
+    The schedule reduces dense gradients at its end. It runs again where experts had more rows than room.
+    """
+    context = system.context
+    while True:
+        context.begin_step(len(microbatches))
+        context.pool.sums.drop()  # what a step that broke off may have left
+        context.exchange.begin_step(timeline)
+        system.dense.zero_grad()
+        system.shared.zero_grad()
+        losses = _run(system, microbatches, forward_only=False, timeline=timeline)
+        if not context.exchange.make_room(system.groups.world):
+            return losses
+
+
 @torch.no_grad()
 def evaluate(system: System, batches: Sequence[Sequence[Batch]]) -> float:
     """Mean loss in nats per token over global batches, equal on all ranks."""
@@ -71,6 +82,8 @@ def evaluate(system: System, batches: Sequence[Sequence[Batch]]) -> float:
     means = []
     for microbatches in batches:
         losses = _run(system, microbatches, forward_only=True)
+        while system.context.exchange.make_room(system.groups.world):
+            losses = _run(system, microbatches, forward_only=True)
         means.append(_reduce_loss(system, losses))
     for chunk in system.dense.chunks:
         chunk.train()

@@ -1,14 +1,15 @@
 """How a layer's tokens reach their experts, wherever these live: the one interface that the model knows.
 
 A *layer's experts* take tokens with the router's choice and give back the weighted sum of the chosen experts' outputs.
-Implementations: `stage.StageExchange`, where every stage holds the experts its layers see (`replicate`), and
-`lockstep.exchange.LockstepExchange`, where an expert may live on another stage (`home`, `hybrid`).
+Where every stage holds the experts that its layers see (`replicate`): `stage.StageExchange`, which sends rows one by
+one, and `gathered.GatheredExchange`, which sends a token once to each rank. Where an expert may live on another stage
+(`home`, `hybrid`): `lockstep.exchange.LockstepExchange`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -38,6 +39,13 @@ class ExpertExchange(Protocol):
 
     def begin_step(self, timeline: Timeline) -> None:
         """Forget a step that broke off; transfers of the coming one are recorded in `timeline`."""
+        ...
+
+    def make_room(self, group: Any) -> bool:
+        """After a schedule: whether some rank of `group` left rows out for want of room, and now has more (collective).
+
+        Then the schedule must be run again before anything is done with what it gave.
+        """
         ...
 
     def layer(self, visible: Sequence[int], index: int) -> LayerExperts:

@@ -88,6 +88,9 @@ class LockstepExchange:
     def begin_step(self, timeline: Timeline) -> None:
         self.wire.timeline = timeline
 
+    def make_room(self, group: Any) -> bool:
+        return False  # sizes are known before anything is sent
+
     def layer(self, visible: Sequence[int], index: int) -> LockstepExperts:
         """Its bins: cell * width + row in that cell."""
         p, width = self.placement, self.owner.width

@@ -83,7 +83,7 @@ MODELS["softmax on full"]["moe"]["pool"] = 15  # two replicas cannot share it ev
 class Case:
     """`layout` is words: pp2 ep2 dp2 tp2 v2 (virtual stages), full or selective (recompute), overlap, mb2 (sequences
     a microbatch), merge2 (layers' weight gradients at a time), plain (no distributed optimizer), 1-3 (layers of each
-    stage)."""
+    stage), rows or tokens (what dispatch sends, where it is not picked), tight (no room but for an even share)."""
 
     layout: str
     model: str
@@ -102,7 +102,13 @@ class Case:
         return replace(
             BASE,
             model=replace(BASE.model, **parts.get("model", {})),
-            moe=replace(BASE.moe, **parts.get("moe", {}), merge_wgrad=self.degree("merge")),
+            moe=replace(
+                BASE.moe,
+                **parts.get("moe", {}),
+                merge_wgrad=self.degree("merge"),
+                dispatch="all_to_all" if "rows" in words else "gathered" if "tokens" in words else "auto",
+                headroom=1.0 if "tight" in words else BASE.moe.headroom,
+            ),
             balance=BalanceConfig(**parts.get("balance", {})),
             parallel=ParallelConfig(
                 pipeline_parallel=self.degree("pp"),

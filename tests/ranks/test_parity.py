@@ -47,6 +47,14 @@ CASES = [
     ("pp2 ep2 dp2 tp2 overlap", "moue"),
     ("pp4 ep2 dp2 full", "recurrent"),
     ("pp2 ep4 dp4", "moue"),
+    # Rows one by one, and tokens once a rank where that is not picked, or finds too little room.
+    ("rows mb4", "moue"),
+    ("ep2 dp2 rows", "dead"),
+    ("pp2 ep2 dp2 rows full overlap", "recurrent"),
+    ("pp2 ep2 tp2 rows selective merge2", "moue"),
+    ("pp2 ep2 dp2 tokens tight", "dead"),
+    ("ep4 dp4 tokens", "skipping ring"),
+    ("pp2 ep4 dp4 tokens tight full", "moue"),
     # What completes the pairs (`test_the_table_covers_every_pair`).
     ("", "moue"),
     ("full mb4", "deepseek"),

@@ -1,0 +1,72 @@
+"""Experts whose rows are weighted behind them, forward and backward without a graph, in buffers with spare room.
+
+For exchanges that bring the routing weights to the experts' rank: the sum over a token's choices is taken there, and
+the weight's gradient is <h, dh>, so that no output is kept. Rows stand sorted by expert; how many there are may be
+known on the device alone (`live`), and what stands behind them is neither read nor written.
+
+Legend: C rows with room, n visible experts held here, d hidden, f expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moue_dist.kernels.backend import ExpertBackend, Impl, check_grouped_sizes, default_impl
+from moue_dist.kernels.experts.grouped_gemm import Gemm, LoopGemm, TorchGemm
+from moue_dist.kernels.experts.mlp import ExpertSlab
+from moue_dist.kernels.experts.swiglu import swiglu_forward, swiglu_weighted_backward
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of one layer at this rank's experts: their counts and the products over them."""
+
+    slab: ExpertSlab
+    counts_n: Tensor  # [n] int64 on the device
+    gemm: Gemm
+    impl: Impl
+    live: Tensor | None  # [1] int32 on the device; None: all rows
+
+
+def rows_of(
+    slab: ExpertSlab,
+    counts_n: Tensor,
+    rows: int,
+    *,
+    backend: ExpertBackend,
+    live: Tensor | None = None,
+    impl: Impl | None = None,
+) -> Rows:
+    """`rows`: the room of the buffers. `loop` waits for the counts, `torch` where no one range covers the experts."""
+    impl = impl or default_impl(counts_n.device)
+    if backend == "torch":
+        check_grouped_sizes(slab.hidden, slab.width, slab.weight.element_size())
+        gemm: Gemm = TorchGemm.covering(slab.spans, slab.row_ids, counts_n, rows, impl)
+    elif backend == "loop":
+        gemm = LoopGemm.of(slab.spans, counts_n.tolist())
+    else:
+        raise ValueError(f"no experts of backend {backend} in buffers with spare room")
+    return Rows(slab, counts_n, gemm, impl, live)
+
+
+def forward(rows: Rows, x_cd: Tensor) -> tuple[Tensor, Tensor]:
+    """(outputs [C, d], pre-activations [C, 2f]), the latter for `backward`."""
+    z_c2f = rows.gemm.forward(x_cd, rows.slab.w_in)
+    return rows.gemm.forward(swiglu_forward(z_c2f, rows.impl, rows.live), rows.slab.w_out), z_c2f
+
+
+def backward(rows: Rows, x_cd: Tensor, z_c2f: Tensor | None, dy_cd: Tensor, weight_c: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradients of rows [C, d], of routing weights [C] fp32) of weight[c] * expert(x[c]).
+
+    `dy` is the gradient of the weighted row; without `z` the first product runs again. Weight gradients go to
+    `slab.sums`, which may keep x, dy until the next layer's: nobody may write to them any more.
+    """
+    slab, gemm = rows.slab, rows.gemm
+    if z_c2f is None:
+        z_c2f = gemm.forward(x_cd, slab.w_in)
+    dh_cf = gemm.dgrad(dy_cd, slab.w_out)
+    dz_c2f, h_cf, dweight_c = swiglu_weighted_backward(z_c2f, dh_cf, weight_c, rows.impl, rows.live)
+    slab.sums.add(slab, gemm, rows.counts_n, dz_c2f, x_cd, dy_cd, h_cf)
+    return gemm.dgrad(dz_c2f, slab.w_in), dweight_c
