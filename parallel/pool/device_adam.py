@@ -1,4 +1,4 @@
-"""AdamW over a rank's shares of one buffer: what it must offer, and PyTorch's on the device.
+"""AdamW over a rank's shares of one buffer: what it must offer, and the one on the device.
 
 `host_adam.HostAdam` is the other one. Shares are flat views of the model's weights, one a segment.
 """
@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moue_dist.kernels.adam import Hyper, adamw_step
 from moue_dist.parallel.pool.host_adam import Pending
 
 
@@ -27,36 +28,28 @@ class ShareAdam(Protocol):
     def publish(self) -> None:
         """Masters -> weights of this rank's shares."""
 
-    def step(self, grads: Sequence[Tensor], lr: float) -> Pending | None:
-        """One step and `publish`; the handle of what is still under way, if anything is."""
+    def step(self, grads: Sequence[Tensor], lr: float, clip: float = 1.0) -> Pending | None:
+        """One step from `clip` times the gradients, and `publish`; the handle of what is still under way, if any."""
 
 
 class DeviceAdam:
-    """PyTorch's AdamW on `weights`, flat views: fp32 masters, which fp32 weights are themselves, and moments beside."""
+    """AdamW on `weights`, flat views: fp32 masters, which fp32 weights are themselves, and fp32 moments beside them."""
 
     def __init__(
         self, weights: Sequence[Tensor], *, betas: tuple[float, float], eps: float, weight_decay: float
     ) -> None:
         self.weights = list(weights)
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.masters = [w if w.dtype == torch.float32 else w.float() for w in self.weights]
-        self._flat = [torch.nn.Parameter(m, requires_grad=False) for m in self.masters]
-        fused = bool(self._flat) and self._flat[0].is_cuda  # unfused AdamW needs temporaries as large as the pool
-        parameters = self._flat or [torch.nn.Parameter(torch.zeros(0))]  # AdamW refuses an empty list
-        self._adam = torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
-        for p in self._flat:  # created here, not at the first step, so that memory is known and checkpoints can load
-            self._adam.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu"),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+        # Made here, not at the first step, so that memory is known and checkpoints can load.
+        self._moments = {n: [torch.zeros_like(m) for m in self.masters] for n in ("exp_avg", "exp_avg_sq")}
+        self._steps = 0
 
     def states(self) -> dict[str, list[Tensor]]:
-        moments = {n: [self._adam.state[p][n] for p in self._flat] for n in ("exp_avg", "exp_avg_sq")}
-        return {"weight": [p.data for p in self._flat], **moments}
+        return {"weight": list(self.masters), **self._moments}
 
     def set_steps(self, step: int) -> None:
-        for p in self._flat:
-            self._adam.state[p]["step"].fill_(step)
+        self._steps = step
 
     def adopt(self) -> None:
         self._copy(self.masters, self.weights)
@@ -64,15 +57,11 @@ class DeviceAdam:
     def publish(self) -> None:
         self._copy(self.weights, self.masters)
 
-    def step(self, grads: Sequence[Tensor], lr: float) -> None:
-        for p, g in zip(self._flat, grads, strict=True):
-            p.grad = g
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        self._adam.step()
-        for p in self._flat:
-            p.grad = None
-        self.publish()
+    def step(self, grads: Sequence[Tensor], lr: float, clip: float = 1.0) -> None:
+        self._steps += 1
+        hyper = Hyper(lr, *self.betas, self.eps, self.weight_decay, self._steps)
+        for state in zip(self.masters, grads, *self._moments.values(), self.weights, strict=True):
+            adamw_step(*state, hyper, clip)
 
     @staticmethod
     def _copy(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:

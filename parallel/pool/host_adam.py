@@ -110,9 +110,12 @@ class HostAdam:
             for to, of in zip(weight.split(CHUNK), master.split(CHUNK), strict=True):
                 to.copy_(of.to(to.dtype))
 
-    def step(self, grads: Sequence[Tensor], lr: float) -> Pending:
-        """Starts one step from `grads`, shaped like the weights, as the current stream leaves them."""
+    def step(self, grads: Sequence[Tensor], lr: float, clip: float = 1.0) -> Pending:
+        """Starts one step from `clip` times `grads`, shaped like the weights, as the current stream leaves them."""
         self._steps += 1
+        if clip != 1.0:
+            for g in grads:  # on the device, where it costs less than in the worker
+                g.mul_(clip)
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream())
         return Pending(self._worker.submit(self._run, list(grads), lr, self._steps, ready))

@@ -226,14 +226,10 @@ class SharedOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float, clip: float | None) -> None:
-        """One AdamW step on the shares, gradients multiplied by `clip` first; replicas are equal after `finish`."""
+        """One AdamW step on the shares from `clip` times their gradients; replicas are equal after `finish`."""
         self.finish()
         for b, adam in zip(self.buffers, self.adams, strict=True):
-            grads = b.shares(b.grad)
-            if clip is not None:
-                for g in grads:
-                    g.mul_(clip)
-            b.pending = adam.step(grads, lr)
+            b.pending = adam.step(b.shares(b.grad), lr, 1.0 if clip is None else clip)
             if b.pending is None:
                 b.gather()
 
