@@ -9,6 +9,7 @@ Legend: C rows with room, n visible experts held here, d hidden, f expert width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -57,16 +58,21 @@ def forward(rows: Rows, x_cd: Tensor) -> tuple[Tensor, Tensor]:
     return rows.gemm.forward(swiglu_forward(z_c2f, rows.impl, rows.live), rows.slab.w_out), z_c2f
 
 
-def backward(rows: Rows, x_cd: Tensor, z_c2f: Tensor | None, dy_cd: Tensor, weight_c: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradients of rows [C, d], of routing weights [C] fp32) of weight[c] * expert(x[c]).
+def backward(
+    rows: Rows, x_cd: Tensor, z_c2f: Tensor | None, dy_cd: Tensor, weight_c: Tensor
+) -> tuple[Tensor, Tensor, Callable[[], None]]:
+    """(gradients of rows [C, d], of routing weights [C] fp32, what adds weight gradients) of weight[c] * expert(x[c]).
 
-    `dy` is the gradient of the weighted row; without `z` the first product runs again. Weight gradients go to
-    `slab.sums`, which may keep x, dy until the next layer's: nobody may write to them any more.
+    `dy` is the gradient of the weighted row; without `z` the first product runs again. The last of the three must be
+    called once: it hands x, dy and the activations to `slab.sums`, which may keep them until the next layer's.
     """
     slab, gemm = rows.slab, rows.gemm
     if z_c2f is None:
         z_c2f = gemm.forward(x_cd, slab.w_in)
     dh_cf = gemm.dgrad(dy_cd, slab.w_out)
     dz_c2f, h_cf, dweight_c = swiglu_weighted_backward(z_c2f, dh_cf, weight_c, rows.impl, rows.live)
-    slab.sums.add(slab, gemm, rows.counts_n, dz_c2f, x_cd, dy_cd, h_cf)
-    return gemm.dgrad(dz_c2f, slab.w_in), dweight_c
+
+    def add() -> None:
+        slab.sums.add(slab, gemm, rows.counts_n, dz_c2f, x_cd, dy_cd, h_cf)
+
+    return gemm.dgrad(dz_c2f, slab.w_in), dweight_c, add

@@ -107,6 +107,8 @@ def build_exchange(
     device: torch.device,
 ) -> ExpertExchange:
     """This rank's way to the pool's experts."""
+    if (resolved.dispatch == "lockstep") != (config.parallel.placement != "replicate"):
+        raise ValueError(f"dispatch {resolved.dispatch} does not go with placement {config.parallel.placement}")
     backend, recompute = resolved.experts, config.parallel.recompute == "selective"
     if resolved.dispatch == "all_to_all":
         dispatcher = AllToAllDispatcher(megatron.expert_group())

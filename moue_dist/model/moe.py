@@ -58,9 +58,10 @@ class MoELayer(MegatronModule):
         state_tr = None if state_sbr is None else state_sbr.reshape(-1, state_sbr.shape[-1])
 
         experts = self._experts
+        begun = experts.begin(x_td)
         routing = self.router(x_td, state_tr, context.shared_router, context.bias, experts.chosen_before())
         weights_tk = context.observe(self.index, self.router.window, routing)
-        y_td = experts(x_td, routing.ids_tk, weights_tk)
+        y_td = experts(x_td, routing.ids_tk, weights_tk, begun)
 
         y_sbd = y_td.view(hidden_sbd.shape)
         if self.shared_expert is not None:

@@ -24,7 +24,11 @@ class LayerExperts(Protocol):
         """Expert ids [T, k] that the router must choose again: those of a layer's first run under recompute."""
         ...
 
-    def __call__(self, x_td: Tensor, ids_tk: Tensor, weight_tk: Tensor) -> Tensor:
+    def begin(self, x_td: Tensor) -> Any:
+        """Before the router has chosen: let tokens travel that will be asked for in any case. For `__call__`."""
+        ...
+
+    def __call__(self, x_td: Tensor, ids_tk: Tensor, weight_tk: Tensor, begun: Any) -> Tensor:
         """y[t] = sum_k weight[t, k] * expert ids[t, k] (x[t]), [T, d]; ids are global. All ranks concerned call it."""
         ...
 

@@ -5,6 +5,9 @@ computes the rows that meet its experts, sums them by token, weighted; and the r
 token came from (reduce-scatter). Up to E = k ranks that is no more than the rows of an all-to-all, each of which
 travels for itself. The host learns nothing and waits for nothing: how many rows there are stays on the device.
 
+Tokens travel while the router chooses, output gradients while the rows are fetched, and the inputs' gradients while
+weight gradients are computed.
+
 Buffers have room for `headroom` times an even share of the rows. Where a layer has more, the last ones are left out
 and noted, and the step must be run again with more room (`make_room`): no token is dropped.
 
@@ -99,20 +102,28 @@ class GatheredExperts:
     def chosen_before(self) -> None:
         """Routers choose again: what leads to a choice is computed as in the first run."""
 
-    def __call__(self, x_td: Tensor, ids_tk: Tensor, weight_tk: Tensor) -> Tensor:
+    def begin(self, x_td: Tensor) -> Arriving:
+        return _gather(self.exchange, x_td.detach().contiguous())
+
+    def __call__(self, x_td: Tensor, ids_tk: Tensor, weight_tk: Tensor, begun: Arriving) -> Tensor:
         # The anchor makes sure that backward runs, whatever else needs a gradient: it adds the weight gradients.
         anchor = torch.empty(0, device=x_td.device, requires_grad=True)
-        y: Tensor = _Gathered.apply(anchor, x_td, weight_tk, ids_tk, self)
+        y: Tensor = _Gathered.apply(anchor, x_td, weight_tk, ids_tk, begun, self)
         return y
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, x_td: Tensor, weight_tk: Tensor, ids_tk: Tensor, layer: GatheredExperts
+        ctx: Any,
+        anchor: Tensor,
+        x_td: Tensor,  # for its gradient: its values have been sent
+        weight_tk: Tensor,
+        ids_tk: Tensor,
+        begun: Arriving,
+        layer: GatheredExperts,
     ) -> Tensor:
         exchange, slab = layer.exchange, layer.slab
-        x_nd = _gather(exchange, x_td.contiguous())
         ids_nk, weight_nk = _gather_choices(exchange, ids_tk, weight_tk)
         capacity = exchange.capacity(ids_tk.numel())
         order = order_local(ids_nk, weight_nk, layer.local_p, layer.experts, capacity)
@@ -120,13 +131,14 @@ class _Gathered(torch.autograd.Function):
         rows = weighted.rows_of(
             slab, order.counts_n, capacity, backend=exchange.backend, live=order.live if exchange.ranks > 1 else None
         )
+        x_nd = begun.wait()
         x_cd = gather_rows(x_nd, order.source_c, live=rows.live)
         y_cd, z_c2f = weighted.forward(rows, x_cd)
         ctx.layer, ctx.rows, ctx.weight_dtype = layer, rows, weight_tk.dtype
         ctx.save_for_backward(
             x_nd, None if exchange.recompute else z_c2f, order.source_c, order.weight_c, order.position_tk
         )
-        return _scatter_sum(exchange, gather_sum(y_cd, order.position_tk, weight_nk))
+        return _scatter_sum(exchange, gather_sum(y_cd, order.position_tk, weight_nk)).wait()
 
     @staticmethod
     @once_differentiable
@@ -135,22 +147,37 @@ class _Gathered(torch.autograd.Function):
         x_nd, z_c2f, source_c, weight_c, position_nk = ctx.saved_tensors
         dy_nd = _gather(exchange, dy_td.contiguous())
         x_cd = gather_rows(x_nd, source_c, live=rows.live)
-        dy_cd = gather_rows(dy_nd, source_c, live=rows.live)
-        dx_cd, dweight_c = weighted.backward(rows, x_cd, z_c2f, dy_cd, weight_c)
-        dx_td = _scatter_sum(exchange, gather_sum(dx_cd, position_nk))
+        dy_cd = gather_rows(dy_nd.wait(), source_c, live=rows.live)
+        dx_cd, dweight_c, add = weighted.backward(rows, x_cd, z_c2f, dy_cd, weight_c)
         dweight_nk = gather_rows(dweight_c[:, None], position_nk.reshape(-1)).view(position_nk.shape)
         dweight_tk = _scatter_sum(exchange, dweight_nk)
-        return None, dx_td, dweight_tk.to(ctx.weight_dtype), None, None
+        dx_td = _scatter_sum(exchange, gather_sum(dx_cd, position_nk))
+        add()
+        return None, dx_td.wait(), dweight_tk.wait().to(ctx.weight_dtype), None, None, None
 
 
-def _gather(exchange: GatheredExchange, mine: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Arriving:
+    """A tensor that a collective fills, and what to wait for; the wait is the stream's, not the host's."""
+
+    tensor: Tensor
+    work: Any = None
+    timeline: Timeline = OFF
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            with self.timeline.span("transfer"):  # as much of it as is waited for
+                self.work.wait()
+        return self.tensor
+
+
+def _gather(exchange: GatheredExchange, mine: Tensor) -> Arriving:
     """Every rank's part, one behind the other."""
     if exchange.ranks == 1:
-        return mine
+        return Arriving(mine)
     everyone = mine.new_empty(exchange.ranks * mine.shape[0], *mine.shape[1:])
-    with exchange.timeline.span("transfer"):
-        dist.all_gather_into_tensor(everyone, mine, group=exchange.group)
-    return everyone
+    work = dist.all_gather_into_tensor(everyone, mine, group=exchange.group, async_op=True)
+    return Arriving(everyone, work, exchange.timeline)
 
 
 def _gather_choices(exchange: GatheredExchange, ids_tk: Tensor, weight_tk: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,16 +185,15 @@ def _gather_choices(exchange: GatheredExchange, ids_tk: Tensor, weight_tk: Tenso
     if exchange.ranks == 1:
         return ids_tk, weight_tk
     bits_tk = weight_tk.float().contiguous().view(torch.int32)
-    both = _gather(exchange, torch.cat([ids_tk.int(), bits_tk], dim=1))
+    both = _gather(exchange, torch.cat([ids_tk.int(), bits_tk], dim=1)).wait()
     ids, bits = both.split(ids_tk.shape[1], dim=1)
     return ids, bits.contiguous().view(torch.float32)
 
 
-def _scatter_sum(exchange: GatheredExchange, part_nd: Tensor) -> Tensor:
+def _scatter_sum(exchange: GatheredExchange, part_nd: Tensor) -> Arriving:
     """Add the ranks' parts; each gets the sum for its own tokens."""
     if exchange.ranks == 1:
-        return part_nd
+        return Arriving(part_nd)
     mine = part_nd.new_empty(part_nd.shape[0] // exchange.ranks, *part_nd.shape[1:])
-    with exchange.timeline.span("transfer"):
-        dist.reduce_scatter_tensor(mine, part_nd, group=exchange.group)
-    return mine
+    work = dist.reduce_scatter_tensor(mine, part_nd, group=exchange.group, async_op=True)
+    return Arriving(mine, work, exchange.timeline)

@@ -57,7 +57,10 @@ class StageExperts:
     def chosen_before(self) -> None:
         """Routers choose again: what leads to a choice is computed as in the first run."""
 
-    def __call__(self, x_td: Tensor, ids_tk: Tensor, weight_tk: Tensor) -> Tensor:
+    def begin(self, x_td: Tensor) -> None:
+        """Rows follow from the choice."""
+
+    def __call__(self, x_td: Tensor, ids_tk: Tensor, weight_tk: Tensor, begun: None = None) -> Tensor:
         exchange = self.exchange
         rows_rd, counts, counts_host, handle = exchange.dispatcher.dispatch(x_td, ids_tk, self.table)
         rows_rd = expert_mlp(

@@ -203,7 +203,10 @@ class LockstepExperts:
         m = self.exchange.running_again(self.j)
         return None if m is None else self.exchange.chosen(m, self.j).ids_tk
 
-    def __call__(self, x_td: Tensor, ids_tk: Tensor, weight_tk: Tensor) -> Tensor:
+    def begin(self, x_td: Tensor) -> None:
+        """Rows follow from the choice."""
+
+    def __call__(self, x_td: Tensor, ids_tk: Tensor, weight_tk: Tensor, begun: None = None) -> Tensor:
         # The anchor makes sure that backward runs, whatever else needs a gradient.
         anchor = torch.empty(0, device=x_td.device, requires_grad=True)
         y: Tensor = _Rounds.apply(anchor, x_td, weight_tk, ids_tk, self, self.exchange.running_again(self.j))

@@ -60,8 +60,9 @@ class DeviceAdam:
     def step(self, grads: Sequence[Tensor], lr: float, clip: float = 1.0) -> None:
         self._steps += 1
         hyper = Hyper(lr, *self.betas, self.eps, self.weight_decay, self._steps)
-        for state in zip(self.masters, grads, *self._moments.values(), self.weights, strict=True):
-            adamw_step(*state, hyper, clip)
+        firsts, seconds = self._moments.values()
+        for p, g, m, v, w in zip(self.masters, grads, firsts, seconds, self.weights, strict=True):
+            adamw_step(p, g, m, v, w, hyper, clip)
 
     @staticmethod
     def _copy(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:

@@ -227,12 +227,14 @@ def loop(config: Config, folder: Path) -> None:
     from moue_dist.model.build import build_system
     from moue_dist.parallel.megatron import adapter as megatron
     from moue_dist.parallel.megatron import cpu_host
+    from moue_dist.refusals.validate import validate
     from moue_dist.training.loop import train_loop
 
     cpu_host.install()
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # as in `parity.train`
     try:
-        system = build_system(config, dist.get_rank(), dist.get_world_size(), parity.ON_CPU)
+        resolved = validate(config, dist.get_world_size(), cuda=False)
+        system = build_system(config, dist.get_rank(), dist.get_world_size(), resolved)
         train_loop(system, folder, device_name="CPU")
     finally:
         megatron.shut_down()
