@@ -6,14 +6,14 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moue_dist.cli import main
-from moue_dist.config import Config, ConfigError
+from moue_dist.config import Config, ConfigError, MoEConfig, ParallelConfig
 from moue_dist.config.devices import Device, describe_device, find_device, fp8_recipes
 from moue_dist.config.load import all_keys, dump_config, load_config
-from moue_dist.refusals.machine import Resolved
 from moue_dist.refusals.validate import validate
 from tests.ranks.spawn import ROOT
 
@@ -241,14 +241,44 @@ def test_fp8_is_refused_where_it_is_not_computed(words: str, machine: dict, part
     assert all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize(
+    ("parallel", "moe", "expected"),
+    [
+        ({}, {}, "gathered"),
+        ({"expert_parallel": 2}, {}, "gathered"),
+        ({"expert_parallel": 4}, {}, "all_to_all"),  # two choices a token: four copies of it would be more
+        ({"expert_parallel": 4}, {"dispatch": "gathered"}, "gathered"),
+        ({"expert_parallel": 2}, {"dispatch": "all_to_all"}, "all_to_all"),
+        ({"pipeline_parallel": 2, "placement": "home"}, {}, "lockstep"),
+    ],
+)
+def test_dispatch_sends_what_is_less(parallel: dict[str, Any], moe: dict[str, Any], expected: str) -> None:
+    config = Config(parallel=ParallelConfig(**parallel), moe=MoEConfig(**moe))
+    assert validate(config, 4, cuda=False).dispatch == expected
+
+
+@pytest.mark.parametrize(
+    ("parallel", "moe", "message"),
+    [
+        ({"pipeline_parallel": 2, "placement": "home"}, {"dispatch": "gathered"}, "an exchange of its own"),
+        ({"pipeline_parallel": 2, "placement": "home"}, {"dispatch": "all_to_all"}, "an exchange of its own"),
+        ({}, {"headroom": 0.9}, "moe.headroom=0.9 must be at least 1"),
+    ],
+)
+def test_dispatch_that_does_not_fit_is_refused(parallel: dict[str, Any], moe: dict[str, Any], message: str) -> None:
+    config = Config(parallel=ParallelConfig(**parallel), moe=MoEConfig(**moe))
+    with pytest.raises(ConfigError, match=message):
+        validate(config, 4, cuda=False)
+
+
 def test_auto_becomes_what_the_machine_has() -> None:
-    assert validate(Config(), 1, cuda=False) == Resolved("cpu", False, "loop", None)
+    assert validate(Config(), 1, cuda=False)[:4] == ("cpu", False, "loop", None)
     wide = ["--moe.expert-width", "128"]
     bf16 = load_config(None, ["--train.precision", "bf16", *wide])
-    assert validate(bf16, 1, **ON_H200) == Resolved("cuda", True, "torch", None)  # type: ignore[arg-type]
-    assert validate(bf16, 1, cuda=False) == Resolved("cpu", False, "loop", None)
+    assert validate(bf16, 1, **ON_H200)[:4] == ("cuda", True, "torch", None)  # type: ignore[arg-type]
+    assert validate(bf16, 1, cuda=False)[:4] == ("cpu", False, "loop", None)
     fp8 = load_config(None, ["--train.precision", "fp8", *wide])
-    assert validate(fp8, 1, **ON_H200) == Resolved("cuda", True, "te", "blockwise")  # type: ignore[arg-type]
+    assert validate(fp8, 1, **ON_H200)[:4] == ("cuda", True, "te", "blockwise")  # type: ignore[arg-type]
 
 
 def test_expert_choice_agrees_with_the_kernels() -> None:
