@@ -20,7 +20,7 @@ from moue_dist.config import Config, ConfigError
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.rehearsal import Link, rehearse
-from moue_dist.training.run import Place, resolve
+from moue_dist.training.run import Place, resolve_here
 
 if TYPE_CHECKING:  # megatron-core, which a CPU host prepares for first
     from moue_dist.model.system import System
@@ -47,7 +47,7 @@ def run(config: Config, options: BenchOptions) -> int:
         raise ConfigError(f"--rank {place.rank} is none of --world {place.world_size}; ranks count from 0")
     total = options.warmup + options.steps
     config = replace(config, train=replace(config.train, steps=max(config.train.steps, total)))
-    resolved, device = resolve(variant(config, options.parts[0], place.world_size), place)
+    resolved, device = resolve_here(variant(config, options.parts[0], place.world_size), place)
     cpu_host.install()
     path = Path(options.output) if options.output else None
     earlier = result.earlier_runs(path, options.append or options.join) if path else []

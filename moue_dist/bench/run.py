@@ -34,7 +34,7 @@ from moue_dist.parallel.rehearsal import BACKEND
 from moue_dist.planning.memory import GIB
 from moue_dist.planning.plan import build_plan
 from moue_dist.refusals.machine import Resolved
-from moue_dist.training.run import Place, process_group, resolve
+from moue_dist.training.run import Place, process_group, resolve_here
 
 STRAGGLER_SECONDS = 120.0  # how long a rank waits for the others to say how a part ended
 
@@ -66,7 +66,7 @@ def of_part(setting: Setting, name: str) -> Setting:
     config = variant(setting.config, name, setting.place.world_size)
     if config is setting.config:
         return setting
-    return replace(setting, config=config, resolved=resolve(config, setting.place)[0])
+    return replace(setting, config=config, resolved=resolve_here(config, setting.place)[0])
 
 
 def run(config: Config, place: Place, options: BenchOptions) -> int:
@@ -76,7 +76,7 @@ def run(config: Config, place: Place, options: BenchOptions) -> int:
     """
     total = options.warmup + options.steps
     config = replace(config, train=replace(config.train, steps=max(config.train.steps, total)))
-    resolved, device = resolve(variant(config, options.parts[0], place.world_size), place)
+    resolved, device = resolve_here(variant(config, options.parts[0], place.world_size), place)
     cpu_host.install()
     if "baseline" in options.parts:
         from moue_dist.bench.baseline import plain_form

@@ -193,7 +193,13 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         return started
     from moue_dist.training.run import run
 
-    return run(config, _place())
+    return run(config, _place(), after=_report)
+
+
+def _report(run_dir: Path) -> None:
+    from moue_dist.report.run_report import write_run_report
+
+    print(f"report: {write_run_report(run_dir)}", flush=True)
 
 
 def _bench(args: argparse.Namespace, overrides: list[str]) -> int:

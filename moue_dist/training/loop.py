@@ -1,4 +1,4 @@
-"""The loop around the training step: data, numbers, validation, checkpoints, report."""
+"""The loop around the training step: data, numbers, validation, checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GIB = 2**30
 
 
 def train_loop(system: System, run_dir: Path, *, device_name: str) -> None:
-    """Train from the newest checkpoint (or the start) to `train.steps`, then write the report."""
+    """Train from the newest checkpoint (or the start) to `train.steps`."""
     config, t = system.config, system.config.train
     batches = _open_data(system, run_dir)
     done = _resume(system, run_dir)
@@ -44,11 +44,6 @@ def train_loop(system: System, run_dir: Path, *, device_name: str) -> None:
     ):
         _Loop(system, run_dir, batches, meter, progress, log, done).run()
     batches.close()
-    if leader:
-        from moue_dist.report.run_report import write_run_report
-
-        print(f"report: {write_run_report(run_dir)}", flush=True)
-    dist.barrier(group=system.groups.world)
 
 
 class _Loop:

@@ -1,4 +1,4 @@
-"""A run from configuration to report: start, resume, loop, evaluate, save."""
+"""A run from a configuration to its end: start, resume, loop, evaluate, save."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -37,12 +37,13 @@ class Place(Protocol):
     def local_rank(self) -> int: ...
 
 
-def run(config: Config, place: Place) -> int:
+def run(config: Config, place: Place, *, after: Callable[[Path], None] | None = None) -> int:
     """Train `config` in this process, one of `place.world_size`; resumes from `latest`. Returns the exit code.
 
-    Raises ConfigError for what the user can mend. torch.distributed's variables (MASTER_ADDR ...) are set.
+    The first rank calls `after` with the run's folder when all is trained, while the others wait. Raises ConfigError
+    for what the user can mend. torch.distributed's variables (MASTER_ADDR ...) are set.
     """
-    resolved, device = resolve(config, place)
+    resolved, device = resolve_here(config, place)
     cpu_host.install()
     with process_group(config, place):
         from moue_dist.model.build import build_system
@@ -55,6 +56,9 @@ def run(config: Config, place: Place) -> int:
             if place.rank == 0:
                 _describe(config, place, resolved, device, run_dir)
             train_loop(system, run_dir, device_name=device.name if device else platform.processor() or "CPU")
+            if after is not None and place.rank == 0:
+                after(run_dir)
+            dist.barrier(group=system.groups.world)
         except TrainingError as error:
             if place.rank == 0:
                 print(f"moue: {error}", file=sys.stderr)
@@ -62,7 +66,7 @@ def run(config: Config, place: Place) -> int:
     return 0
 
 
-def resolve(config: Config, place: Place) -> tuple[Resolved, Device | None]:
+def resolve_here(config: Config, place: Place) -> tuple[Resolved, Device | None]:
     """Validate against this machine and pick its GPU."""
     cuda = config.train.device != "cpu" and cpu_host.has_cuda()
     device = None

@@ -223,7 +223,7 @@ def test_ranks_that_disagree_say_so_instead_of_hanging(ranks: Callable[[int], Ra
 
 
 def loop(config: Config, folder: Path) -> None:
-    """Inside a rank: the whole loop, with data, log and report."""
+    """Inside a rank: the whole loop, with data and log."""
     from moue_dist.model.build import build_system
     from moue_dist.parallel.megatron import adapter as megatron
     from moue_dist.parallel.megatron import cpu_host
