@@ -29,7 +29,7 @@ FORMAT = 2  # of moue.json and of what stands beside it; raise it when older che
 
 
 @dataclass(frozen=True)
-class Progress:
+class Position:
     """Where a run stands: finished optimizer steps and tokens seen."""
 
     step: int
@@ -50,9 +50,9 @@ def newest(folder: Path) -> Path | None:
     return path
 
 
-def save(system: System, folder: Path, progress: Progress, keep: int) -> Path:
+def save(system: System, folder: Path, position: Position, keep: int) -> Path:
     """Write `folder/step_XXXXXXXX` and point `latest` at it (collective). Keeps the newest `keep` checkpoints."""
-    path = folder / f"step_{progress.step:08d}"
+    path = folder / f"step_{position.step:08d}"
     part = folder / f".writing_{path.name}"
     if system.rank == 0:
         shutil.rmtree(part, ignore_errors=True)
@@ -62,7 +62,7 @@ def save(system: System, folder: Path, progress: Progress, keep: int) -> Path:
     dist_checkpointing.save(_state(system, loading=False), str(part))
     dist.barrier(group=system.groups.world)
     if system.rank == 0:
-        about = describe(system.config, system.mesh, progress)
+        about = describe(system.config, system.mesh, position)
         (part / "moue.json").write_text(json.dumps(about, indent=2) + "\n")
         if path.exists():
             shutil.rmtree(path)
@@ -77,19 +77,19 @@ def save(system: System, folder: Path, progress: Progress, keep: int) -> Path:
     return path
 
 
-def load(system: System, path: Path) -> Progress:
+def load(system: System, path: Path) -> Position:
     """Take weights, optimizer state and balance from `path` (collective). Raises ConfigError as `check` does."""
-    progress = check(system.config, path)
+    position = check(system.config, path)
     megatron_saving.prepare_to_load(system.dense.optimizer)
     state = dist_checkpointing.load(_state(system, loading=True), str(path))
     for name, chunk in zip(_chunk_names(system), system.chunk_modules(), strict=True):
         chunk.load_state_dict(state[name])
     system.dense.optimizer.load_state_dict(state["optimizer"])
     megatron_saving.mend_after_load(system.dense.optimizer)
-    _take_shared(system, state["shared"], progress.step)
+    _take_shared(system, state["shared"], position.step)
     system.context.balance.load_state_dict({k: v.to(system.device) for k, v in state["balance"].items()})
     check_replicas(system.shared.buffers, system.groups.world)
-    return progress
+    return position
 
 
 def _chunk_names(system: System) -> list[str]:
@@ -131,12 +131,12 @@ def _take_shared(system: System, loaded: dict[str, torch.Tensor], step: int) -> 
     system.shared.publish()
 
 
-def describe(config: Config, mesh: Mesh, progress: Progress) -> dict[str, Any]:
+def describe(config: Config, mesh: Mesh, position: Position) -> dict[str, Any]:
     """What moue.json says about a checkpoint."""
     return {
         "format": FORMAT,
-        "step": progress.step,
-        "tokens": progress.tokens,
+        "step": position.step,
+        "tokens": position.tokens,
         "layout": _layout_of(config, mesh),
         "distributed_optimizer": config.parallel.distributed_optimizer,
         "model": _model_of(config),
@@ -160,7 +160,7 @@ def _layout_of(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def check(config: Config, path: Path) -> Progress:
+def check(config: Config, path: Path) -> Position:
     """Where the checkpoint `path` stands. Raises ConfigError if it is of another format, broken, or of another model.
 
     Reads moue.json alone: nothing is built, no other rank is asked.
@@ -180,7 +180,7 @@ def check(config: Config, path: Path) -> Progress:
             f"{path} was saved with parallel.distributed_optimizer={str(not sharded).lower()}, whose optimizer state "
             f"has another form: resume with that value"
         )
-    return Progress(about["step"], about["tokens"])
+    return Position(about["step"], about["tokens"])
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 
-class Progress:
+class ProgressBar:
     """Rank 0's progress; `enabled=False` makes every call do nothing.
 
     On a terminal: a tqdm bar with loss, tokens/s/GPU and the time left; other lines scroll above it. Elsewhere (a Slurm
@@ -80,7 +80,7 @@ class Progress:
             self._bar = None
         self._enabled = False
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

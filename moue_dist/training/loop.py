@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,12 +15,13 @@ from moue_dist.checkpoint import store as checkpoint
 from moue_dist.data.datasets import Batches, build_datasets, data_folder, prepare_corpus
 from moue_dist.measuring.metrics import MetricsLog, Rates, StepMeter
 from moue_dist.measuring.power import PowerMeter
-from moue_dist.measuring.progress import Progress
+from moue_dist.measuring.progress import ProgressBar
 from moue_dist.measuring.slot_log import SlotLog
 from moue_dist.model.balance import load_summary
 from moue_dist.model.system import System
 from moue_dist.parallel.pool.synced import UnequalReplicas, check_replicas
 from moue_dist.planning.flops import flops_per_token
+from moue_dist.training.intervals import Every
 from moue_dist.training.move_pool import move_by_use
 from moue_dist.training.step import StepResult, TrainingError, evaluate, train_step
 
@@ -39,11 +42,20 @@ def train_loop(system: System, run_dir: Path, *, device_name: str) -> None:
         precision=t.precision,
     )
     with (
-        Progress(t.steps, done.step, enabled=leader) as progress,
+        ProgressBar(t.steps, done.step, enabled=leader) as bar,
         MetricsLog(run_dir, enabled=leader, resume_step=done.step) as log,
     ):
-        _Loop(system, run_dir, batches, meter, progress, log, done).run()
+        _Loop(system, run_dir, batches, meter, bar, log, done).run()
     batches.close()
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A finished step: how many there are with it, what it gave on this rank, how fast it was."""
+
+    number: int
+    result: StepResult
+    rates: Rates
 
 
 class _Loop:
@@ -55,37 +67,43 @@ class _Loop:
         run_dir: Path,
         batches: Batches,
         meter: StepMeter,
-        progress: Progress,
+        bar: ProgressBar,
         log: MetricsLog,
-        done: checkpoint.Progress,
+        done: checkpoint.Position,
     ) -> None:
         self.system, self.run_dir, self.batches, self.meter = system, run_dir, batches, meter
-        self.progress, self.log, self.done = progress, log, done
+        self.bar, self.log, self.done = bar, log, done
         self.power = PowerMeter(system.device.index if system.device.type == "cuda" else None)
         self.counts_lp: Tensor | None = None  # assignments since the last usage line
         self.use_lp: Tensor | None = None  # the same since the last re-placement
-        self.saved_at = -1
         self.slots = SlotLog(system, run_dir, done.step)
 
     def run(self) -> None:
-        t, every_replace = self.system.config.train, self.system.config.parallel.replace_interval
-        if self.done.step >= t.steps:
-            self.progress.note(f"already trained: step {self.done.step} of train.steps={t.steps}")
+        total = self.system.config.train.steps
+        if self.done.step >= total:
+            self.bar.note(f"already trained: step {self.done.step} of train.steps={total}")
             return
-        for step in range(self.done.step, t.steps):
-            self._one(step)
-            finished, last = step + 1, step + 1 == t.steps
-            if t.check_replicas_interval and finished % t.check_replicas_interval == 0:
-                self._check_replicas(finished)
-            if last or (t.eval_interval and finished % t.eval_interval == 0):
-                self._validate(finished)
-            if last or (t.save_interval and finished % t.save_interval == 0):
-                self._save(finished)
-            if not last and every_replace and finished % every_replace == 0:
-                self._replace(finished)
+        after_steps = self._after_steps()
+        for step in range(self.done.step, total):
+            finished = self._train(step)
+            for when, what in after_steps:
+                if when.due(finished.number, total):
+                    what(finished)
 
-    def _one(self, step: int) -> None:
-        system, t = self.system, self.system.config.train
+    def _after_steps(self) -> list[tuple[Every, Callable[[_Finished], None]]]:
+        """What is done after steps, in this order, and when."""
+        t, p = self.system.config.train, self.system.config.parallel
+        return [
+            (Every(t.log_interval, last="always"), self._log),
+            (Every(t.check_replicas_interval), self._check_replicas),
+            (Every(t.eval_interval, last="always"), self._validate),
+            (Every(t.save_interval, last="always"), self._save),
+            (Every(p.replace_interval, last="never"), self._move_pool),
+        ]
+
+    def _train(self, step: int) -> _Finished:
+        """The step after `step` finished ones."""
+        system = self.system
         microbatches = self.batches.microbatches(step, system.coord.dp, system.mesh.data)
         with self.slots.step(step) as timeline:
             torch.cuda.synchronize()
@@ -93,14 +111,13 @@ class _Loop:
             result = train_step(system, microbatches, step, timeline)
             torch.cuda.synchronize()
             rates = self.meter.stop()
-        self.done = checkpoint.Progress(step + 1, self.done.tokens + self.meter.tokens_per_step)
+        self.done = checkpoint.Position(step + 1, self.done.tokens + self.meter.tokens_per_step)
         self.counts_lp = result.counts_lp if self.counts_lp is None else self.counts_lp + result.counts_lp
         self.use_lp = result.counts_lp if self.use_lp is None else self.use_lp + result.counts_lp
-        if (step + 1) % t.log_interval == 0 or step + 1 == t.steps:
-            self._log(step + 1, result, rates)
+        return _Finished(step + 1, result, rates)
 
-    def _log(self, step: int, result: StepResult, rates: Rates) -> None:
-        system = self.system
+    def _log(self, finished: _Finished) -> None:
+        system, step, result, rates = self.system, finished.number, finished.result, finished.rates
         memory, watts, joules = self._gather_machine()
         self.log.train(
             step,
@@ -115,7 +132,7 @@ class _Loop:
             joules_per_token=None if joules is None else joules / self._tokens_since_reading,
             load=load_summary(result.counts_lp, system.context.topology) if system.context.topology.layers else None,
         )
-        self.progress.step(
+        self.bar.step(
             step, loss=result.loss, tokens_per_s_per_gpu=rates.tokens_per_s_per_gpu, step_seconds=rates.step_seconds
         )
 
@@ -135,42 +152,42 @@ class _Loop:
         watts, joules, meters = sums.tolist()
         return float(peak), *((watts, joules) if meters == system.mesh.world else (None, None))
 
-    def _check_replicas(self, step: int) -> None:
+    def _check_replicas(self, finished: _Finished) -> None:
         try:
             check_replicas(self.system.shared.buffers, self.system.groups.world)
         except UnequalReplicas as error:
-            raise TrainingError(f"after step {step}: {error}") from None
+            raise TrainingError(f"after step {finished.number}: {error}") from None
 
-    def _validate(self, step: int) -> None:
-        system, t = self.system, self.system.config.train
+    def _validate(self, finished: _Finished) -> None:
+        system, t, step = self.system, self.system.config.train, finished.number
         if system.config.data.valid_percent > 0:
             indices = range(t.eval_batches)
             held_out = [self.batches.validation(i, system.coord.dp, system.mesh.data) for i in indices]
             loss = evaluate(system, held_out)
             self.log.valid(step, loss)
-            self.progress.valid(step, loss)
+            self.bar.valid(step, loss)
         if self.counts_lp is not None and system.context.topology.layers:
             dense = system.config.model.dense_layers
             layers = list(range(dense + 1, system.config.model.layers + 1))
             self.log.usage(step, layers, self.counts_lp.long().tolist())
             self.counts_lp = None
 
-    def _replace(self, step: int) -> None:
+    def _move_pool(self, finished: _Finished) -> None:
         """Move the pool to the placement that the use since the last move asks for."""
         assert self.use_lp is not None
-        text = move_by_use(self.system, step, self.use_lp)
+        text = move_by_use(self.system, finished.number, self.use_lp)
         self.use_lp = None
-        self.log.event(step, text)
-        self.progress.note(text)
+        self.log.event(finished.number, text)
+        self.bar.note(text)
 
-    def _save(self, step: int) -> None:
+    def _save(self, finished: _Finished) -> None:
         began = time.perf_counter()
         path = checkpoint.save(
             self.system, self.run_dir / "checkpoints", self.done, self.system.config.train.keep_checkpoints
         )
         text = f"saved {path} in {time.perf_counter() - began:.1f} s"
-        self.log.event(step, text)
-        self.progress.note(text)
+        self.log.event(finished.number, text)
+        self.bar.note(text)
 
 
 def _open_data(system: System, run_dir: Path) -> Batches:
@@ -183,10 +200,10 @@ def _open_data(system: System, run_dir: Path) -> Batches:
     return Batches(train, valid, t, system.device)
 
 
-def _resume(system: System, run_dir: Path) -> checkpoint.Progress:
+def _resume(system: System, run_dir: Path) -> checkpoint.Position:
     path = checkpoint.newest(run_dir / "checkpoints")
     if path is None:
-        return checkpoint.Progress(0, 0)
+        return checkpoint.Position(0, 0)
     done = checkpoint.load(system, path)
     if system.rank == 0:
         print(f"resuming from {path}: {done.step} steps, {done.tokens:,} tokens", flush=True)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moue_dist.measuring.metrics import MetricsLog, Rates, StepMeter, peak_rate
 from moue_dist.measuring.power import PowerMeter, PowerReading
-from moue_dist.measuring.progress import Progress
+from moue_dist.measuring.progress import ProgressBar
 
 RATES = Rates(0.5, 1000.0, 0.25, None, "unknown device 'cpu': no peak rate")
 
@@ -139,14 +139,14 @@ def test_index_without_gpu_is_no_error() -> None:
     assert PowerMeter(0).read() == PowerReading(None, None)
 
 
-def run_steps(progress: Progress, first: int, last: int) -> None:
+def run_steps(progress: ProgressBar, first: int, last: int) -> None:
     for step in range(first, last + 1):
         progress.step(step, loss=5.0 / step, tokens_per_s_per_gpu=1234.5, step_seconds=0.25)
 
 
 def test_log_file_gets_first_last_and_validation_lines() -> None:
     stream = io.StringIO()
-    with Progress(100, 10, stream=stream) as progress:
+    with ProgressBar(100, 10, stream=stream) as progress:
         run_steps(progress, 11, 99)
         progress.valid(99, 4.5)
         run_steps(progress, 100, 100)
@@ -160,14 +160,14 @@ def test_log_file_gets_first_last_and_validation_lines() -> None:
 
 def test_log_file_gets_a_line_per_interval() -> None:
     stream = io.StringIO()
-    with Progress(5, stream=stream, seconds_between_lines=0.0) as progress:
+    with ProgressBar(5, stream=stream, seconds_between_lines=0.0) as progress:
         run_steps(progress, 1, 5)
     assert len(stream.getvalue().splitlines()) == 5
 
 
 def test_other_ranks_print_nothing() -> None:
     stream = io.StringIO()
-    with Progress(5, stream=stream, enabled=False) as progress:
+    with ProgressBar(5, stream=stream, enabled=False) as progress:
         run_steps(progress, 1, 5)
         progress.note("x")
     assert stream.getvalue() == ""
@@ -177,7 +177,7 @@ def test_terminal_gets_a_bar_that_ends_on_an_exception() -> None:
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as stream:
         with pytest.raises(ValueError, match="boom"):
-            with Progress(10, 2, stream=stream) as progress:
+            with ProgressBar(10, 2, stream=stream) as progress:
                 run_steps(progress, 3, 4)
                 progress.valid(4, 4.5)
                 raise ValueError("boom")

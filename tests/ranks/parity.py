@@ -143,7 +143,7 @@ def train(
         if save is not None:
             # megatron-core's writer forks, which multiprocessing forbids to daemons as the ranks here are.
             multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-            checkpoint.save(system, save, checkpoint.Progress(stop, 0), keep=9)
+            checkpoint.save(system, save, checkpoint.Position(stop, 0), keep=9)
         return Trained(
             [r.loss for r in results],
             [r.grad_norm for r in results],

@@ -128,7 +128,7 @@ def described(folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
 
     path = folder / "step_00000003"
     path.mkdir()
-    about = checkpoint.describe(config, build_mesh(1, config.parallel), checkpoint.Progress(3, 96))
+    about = checkpoint.describe(config, build_mesh(1, config.parallel), checkpoint.Position(3, 96))
     (path / "moue.json").write_text(json.dumps(about))
     return path, about
 
@@ -139,7 +139,7 @@ def test_a_description_is_read_as_it_was_written(tmp_path: Path) -> None:
     config = config_of("", "moue")
     path, about = described(tmp_path, config)
     assert about["format"] == checkpoint.FORMAT
-    assert checkpoint.check(config, path) == checkpoint.Progress(3, 96)
+    assert checkpoint.check(config, path) == checkpoint.Position(3, 96)
 
 
 GONE = object()
