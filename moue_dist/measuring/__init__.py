@@ -1,3 +1,3 @@
 """Numbers of a run: what a rank writes while it trains, and the run folder read again.
 
-Imports configuration and, for the picture of time, `parallel/recording`."""
+Imports configuration and, of `parallel/`, the grid, the recorder and types of placement."""

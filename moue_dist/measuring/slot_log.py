@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moue_dist.model.system import System
+import torch
+
+from moue_dist.config import Config
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.recording.spans import FILE, Span
 from moue_dist.parallel.recording.timeline import Timeline, clock_of
@@ -21,13 +23,24 @@ MOST_STEPS, MOST_SPANS = 6, 60_000  # what the file holds at most; the newest st
 class SlotLog:
     """Records the steps worth recording. Every rank has one; the first writes the file."""
 
-    def __init__(self, system: System, run_dir: Path, first_step: int) -> None:
-        """`first_step` is the 0-based step that this process starts with."""
-        # Not the system itself: a re-placement makes a new one, and the old pool must not stay in memory.
-        self._config, self._mesh, self._group = system.config, system.mesh, system.groups.world
-        self._microbatches, self._path, self._first = system.microbatches, run_dir / FILE, first_step
-        self._timeline = Timeline(system.config.train.record_slots, clock_of(system.device))
-        self._tells = system.mesh.world <= ALL_RANKS or system.rank in _first_ranks(system.mesh)
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        mesh: Mesh,
+        rank: int,
+        group: Any,
+        *,
+        microbatches: int,
+        device: torch.device,
+        first_step: int,
+    ) -> None:
+        """`group` has all ranks; `microbatches` are a rank's in a step; `first_step` is the 0-based step that this
+        process starts with."""
+        self._config, self._mesh, self._group = config, mesh, group
+        self._microbatches, self._path, self._first = microbatches, run_dir / FILE, first_step
+        self._timeline = Timeline(config.train.record_slots, clock_of(device))
+        self._tells = mesh.world <= ALL_RANKS or rank in _first_ranks(mesh)
 
     def wants(self, step: int) -> bool:
         """Whether the 0-based `step` is recorded: the early ones, those before a validation, the last."""

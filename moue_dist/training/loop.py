@@ -76,7 +76,16 @@ class _Loop:
         self.power = PowerMeter(system.device.index if system.device.type == "cuda" else None)
         self.counts_lp: Tensor | None = None  # assignments since the last usage line
         self.use_lp: Tensor | None = None  # the same since the last re-placement
-        self.slots = SlotLog(system, run_dir, done.step)
+        self.slots = SlotLog(
+            run_dir,
+            system.config,
+            system.mesh,
+            system.rank,
+            system.groups.world,
+            microbatches=system.microbatches,
+            device=system.device,
+            first_step=done.step,
+        )
 
     def run(self) -> None:
         total = self.system.config.train.steps
