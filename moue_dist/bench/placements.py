@@ -15,7 +15,7 @@ from moue_dist.measuring.slots import Lane, Step, bubble, ideal_bubble
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.placement.of_config import place_pool
 from moue_dist.parallel.recording.timeline import Timeline, clock_of
-from moue_dist.planning.memory import GIB
+from moue_dist.planning.memory.sizes import GIB
 from moue_dist.planning.pool import expected_traffic, pool_bytes, with_placement
 
 if TYPE_CHECKING:  # megatron-core, which a CPU host prepares for first

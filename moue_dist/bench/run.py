@@ -31,7 +31,7 @@ from moue_dist.measuring.provenance import commit, machine, versions
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.rehearsal import BACKEND
-from moue_dist.planning.memory import GIB
+from moue_dist.planning.memory.sizes import GIB
 from moue_dist.planning.plan import build_plan
 from moue_dist.refusals.machine import Resolved
 from moue_dist.training.run import Place, process_group, resolve_here

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moue_dist.cli.arguments import OVERRIDES, add_command, load, positive
-from moue_dist.config import ConfigError
+from moue_dist.config import Config, ConfigError
 
 ABOUT = f"""\
 Dry run: rank grid, stages and their experts, parameters, FLOPs per token, bytes per GPU, where the pool lives and what
@@ -37,7 +37,7 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from moue_dist.config.devices import find_device, known_devices
     from moue_dist.parallel.mesh import smallest_world
-    from moue_dist.planning.plan import build_plan, render
+    from moue_dist.planning.plan import build_plan
 
     device = find_device(args.device)
     if device is None:
@@ -55,11 +55,23 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     else:
         from rich.console import Console
 
+        from moue_dist.planning.tables import render
+
         render(plan, Console(highlight=False))
     if args.picture:
-        from moue_dist.planning.plan import draw
-
-        draw(config, world, Path(args.picture))
+        _draw(config, world, Path(args.picture))
     if not plan.fits:
         print(f"moue: does not fit: {plan.misfit}", file=sys.stderr)
     return 0 if plan.fits else 1
+
+
+def _draw(config: Config, world: int, path: Path) -> None:
+    """Draw the ring of the pool with windows, stages and copies; raises ConfigError where that cannot be written."""
+    from moue_dist.measuring.measured_use import measured_use
+    from moue_dist.parallel.mesh import build_mesh
+    from moue_dist.parallel.placement.of_config import place_pool, stages_of_moe_layers
+    from moue_dist.report.ring import write_ring_picture
+
+    mesh = build_mesh(world, config.parallel)
+    placement = place_pool(config, mesh, measured_use(config))
+    write_ring_picture(path, config.topology(), stages_of_moe_layers(config, mesh), placement)

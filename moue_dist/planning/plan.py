@@ -1,17 +1,13 @@
 """The dry run: everything that follows from a configuration and a number of processes, and whether it fits.
 
-`build_plan` is arithmetic; `render` prints it. Neither imports torch or touches a device.
+Arithmetic only: nothing here imports torch or touches a device.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from moue_dist.config import Config, ConfigError
 from moue_dist.config.devices import Device
@@ -19,71 +15,15 @@ from moue_dist.measuring.measured_use import measured_use
 from moue_dist.parallel.mesh import build_mesh, layers_of_rank, stage_layout
 from moue_dist.parallel.placement.costs import served, stage_use
 from moue_dist.parallel.placement.of_config import moe_window, place_pool, stages_of_moe_layers
-from moue_dist.planning import memory
-from moue_dist.planning.flops import Flops, Parameters, flops_per_token, parameters
-from moue_dist.planning.memory import GIB, RESERVE, Share
-from moue_dist.planning.pool import PoolPlan, build_pool_plan, render_pool_plan
+from moue_dist.planning.answers import Plan, StagePlan
+from moue_dist.planning.flops import flops_per_token, parameters
+from moue_dist.planning.memory.in_flight import chunks_in_flight, lock_step_lag
+from moue_dist.planning.memory.peak import RESERVE, rank_bytes
+from moue_dist.planning.memory.sizes import GIB, Share
+from moue_dist.planning.memory.weights import dense_parameters, host_bytes
+from moue_dist.planning.pool import build_pool_plan
 from moue_dist.planning.remedy import cheapest_change
 from moue_dist.refusals.validate import validate
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One pipeline stage: its layers (0-based), what they see, and the fullest of its ranks."""
-
-    stage: int
-    first_rank: int
-    last_rank: int
-    chunks: tuple[tuple[int, ...], ...]  # layers of each model chunk
-    windows: tuple[str, ...]  # experts that each layer sees, as ranges; '' for a dense layer
-    experts: int  # held by the stage: the union of its layers' windows
-    shared_experts: int  # of these, also held by another stage
-    experts_per_rank: int  # on the rank that holds most
-    parameters_per_rank: int  # without the pool
-    microbatches_in_flight: int  # of chunks
-    memory_bytes: dict[str, int]  # by component, on the rank that holds most
-    host_bytes: int  # of host memory, on that rank
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.memory_bytes.values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A dry run's answers. Bytes are per GPU; FLOPs per token, forward and backward."""
-
-    name: str
-    grid: dict[str, int]
-    derived: dict[str, Any]
-    parameters: Parameters
-    flops: Flops
-    stages: tuple[StagePlan, ...]
-    pool: PoolPlan
-    device: str
-    memory_gib: float
-    misfit: str | None  # why it does not fit
-
-    @property
-    def worst(self) -> StagePlan:
-        """The stage whose ranks need most memory."""
-        return max(self.stages, key=lambda s: s.total_bytes)
-
-    @property
-    def fits(self) -> bool:
-        return self.misfit is None
-
-    def as_json(self) -> str:
-        """The plan with its totals, as JSON."""
-        plain = dataclasses.asdict(self)
-        plain["parameters"] |= {"total": self.parameters.total, "dense": self.parameters.dense}
-        plain["flops"]["total"] = self.flops.total
-        for stage, written in zip(self.stages, plain["stages"], strict=True):
-            written["total_bytes"] = stage.total_bytes
-        return json.dumps({**plain, "fits": self.fits, "worst_stage": self.worst.stage}, indent=2)
 
 
 def build_plan(config: Config, world: int, device: Device, memory_gib: float | None = None) -> Plan:
@@ -127,7 +67,7 @@ def _plan(config: Config, world: int, device: Device, memory_gib: float | None) 
         rows = [len(placement.rows(stage, ep)) for ep in range(mesh.expert)]
         # The rank that needs most holds the most experts, or has the most tokens come to them.
         needs = {
-            ep: memory.rank_bytes(config, mesh, placement, Share(stage, chunks, ep), microbatches, resolved, use)
+            ep: rank_bytes(config, mesh, placement, Share(stage, chunks, ep), microbatches, resolved, use)
             for ep in {rows.index(max(rows)), int(load[stage].argmax())}
         }
         share = Share(stage, chunks, max(needs, key=lambda ep: (sum(needs[ep].values()), -ep)))
@@ -145,12 +85,10 @@ def _plan(config: Config, world: int, device: Device, memory_gib: float | None) 
                 experts=len(held),
                 shared_experts=sum(len(holders[e]) > 1 for e in held),
                 experts_per_rank=max(rows),
-                parameters_per_rank=memory.dense_parameters(config, mesh, share),
-                microbatches_in_flight=len(
-                    memory.chunks_in_flight(mesh, stage, microbatches, memory.lock_step_lag(config))
-                ),
+                parameters_per_rank=dense_parameters(config, mesh, share),
+                microbatches_in_flight=len(chunks_in_flight(mesh, stage, microbatches, lock_step_lag(config))),
                 memory_bytes=needs[share.expert_rank],
-                host_bytes=memory.host_bytes(config, mesh, placement, share),
+                host_bytes=host_bytes(config, mesh, placement, share),
             )
         )
 
@@ -210,93 +148,7 @@ def _misfit(plan: Plan) -> str | None:
     )
 
 
-def draw(config: Config, world: int, path: Path) -> None:
-    """Draw the ring of the pool with windows, stages and copies; raises ConfigError where that cannot be written."""
-    from moue_dist.report.ring import write_ring_picture
-
-    mesh = build_mesh(world, config.parallel)
-    placement = place_pool(config, mesh, measured_use(config))
-    write_ring_picture(path, config.topology(), stages_of_moe_layers(config, mesh), placement)
-
-
 def ranges(ids: Sequence[int]) -> str:
     """Ascending ids as ranges: (0, 1, 2, 6, 7) -> '0-2 6-7'."""
     runs = [[i for _, i in run] for _, run in groupby(enumerate(ids), lambda pair: pair[1] - pair[0])]
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def render(plan: Plan, console: Console) -> None:
-    """Print the plan as tables."""
-    from rich.table import Table
-
-    def table(title: str, *columns: str) -> Table:
-        console.print(f"\n[bold]{title}[/bold]")
-        made = Table(header_style="bold")
-        for i, column in enumerate(columns):
-            made.add_column(column, justify="left" if i == 0 or column == "window" else "right")
-        return made
-
-    grid = table(f"{plan.name}: rank grid", *plan.grid)
-    grid.add_row(*map(str, plan.grid.values()))
-    console.print(grid)
-
-    derived = table("derived", "number", "value")
-    for name, value in plan.derived.items():
-        derived.add_row(name, f"{value:.3e}" if isinstance(value, float) and value > 1e6 else _grouped(value))
-    console.print(derived)
-
-    counts = table("parameters", "part", "count")
-    for name, value in dataclasses.asdict(plan.parameters).items():
-        if name not in ("activated", "router_shared"):
-            counts.add_row(name.replace("_", " "), _grouped(value))
-    counts.add_section()
-    counts.add_row("total", _grouped(plan.parameters.total))
-    counts.add_row("activated per token", _grouped(plan.parameters.activated))
-    console.print(counts)
-
-    work = table("model FLOPs per token (forward and backward, executed layers, no recompute)", "part", "FLOPs")
-    for name, value in dataclasses.asdict(plan.flops).items():
-        work.add_row(name, f"{value:.4g}")
-    work.add_section()
-    work.add_row("total", f"{plan.flops.total:.4g}")
-    console.print(work)
-
-    stages = table("stages (layers from 1)", "stage", "ranks", "layer", "window", "experts", "shared", "a rank")
-    for s in plan.stages:
-        order = sorted(layer for chunk in s.chunks for layer in chunk)
-        for i, (layer, window) in enumerate(zip(order, s.windows, strict=True)):
-            head = (str(s.stage), f"{s.first_rank}-{s.last_rank}") if i == 0 else ("", "")
-            tail = (str(s.experts), str(s.shared_experts), str(s.experts_per_rank)) if i == 0 else ("", "", "")
-            stages.add_row(*head, str(layer + 1), window or "dense", *tail)
-        stages.add_section()
-    console.print(stages)
-
-    worst = plan.worst
-    needs = table(f"memory of a rank of stage {worst.stage}, the fullest, at the peak of a step", "component", "GiB")
-    for name, value in worst.memory_bytes.items():
-        needs.add_row(name, f"{value / GIB:.3f}")
-    needs.add_section()
-    needs.add_row("allocated", f"{worst.total_bytes / GIB:.3f}")
-    needs.add_row("reserve (context, NCCL, fragmentation)", f"{RESERVE / GIB:.3f}")
-    needs.add_row(f"{plan.device} has", f"{plan.memory_gib:.3f}")
-    console.print(needs)
-
-    shown = {  # in two lines, so that the table fits into 80 columns
-        "pool\nweights": "pool weights",
-        "pool\ngrads": "pool gradients",
-        "pool\noptim.": "pool optimizer",
-        "activ-\nations": "activations",
-        "rows\nkept": "rows kept for other ranks",
-    }
-    by_stage = table("GiB of a GPU by stage (its fullest rank)", "stage", "in\nflight", *shown, "all", "on\nhost")
-    for s in plan.stages:
-        sizes = [*(s.memory_bytes[part] for part in shown.values()), s.total_bytes, s.host_bytes]
-        gib = [size / GIB for size in sizes]
-        by_stage.add_row(str(s.stage), str(s.microbatches_in_flight), *(f"{x:.{2 if x >= 10 else 3}f}" for x in gib))
-    console.print(by_stage)
-    render_pool_plan(plan.pool, console)
-    console.print("[green]fits[/green]" if plan.fits else f"[red]does not fit[/red]: {plan.misfit}")
-
-
-def _grouped(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)

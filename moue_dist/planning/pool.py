@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from moue_dist.config import Config, ConfigError
 from moue_dist.parallel.mesh import Mesh
@@ -13,11 +12,9 @@ from moue_dist.parallel.placement.costs import Floats, Traffic, cell_bytes, row_
 from moue_dist.parallel.placement.of_config import expert_bytes, place_pool, stages_of_moe_layers
 from moue_dist.parallel.placement.placement import Placement
 from moue_dist.parallel.placement.planner import Kind
-from moue_dist.planning.memory import GIB, lock_step_lag
+from moue_dist.planning.memory.in_flight import lock_step_lag
+from moue_dist.planning.memory.sizes import GIB
 from moue_dist.refusals.validate import check_placement
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -112,39 +109,3 @@ def _choices(config: Config, mesh: Mesh, use: Floats | None) -> list[Choice]:
         size = pool_bytes(variant, mesh, placement)
         found.append(Choice(kind, budget, size, traffic.across + traffic.sync_across, refused))
     return found
-
-
-def render_pool_plan(plan: PoolPlan, console: Console) -> None:
-    """Print the traffic table and the comparison."""
-    from rich.table import Table
-
-    console.print(f"\n[bold]pool traffic of a step, placement {plan.placement}[/bold]")
-    table = Table(header_style="bold")
-    table.add_column("what")
-    table.add_column("all GPUs, GiB", justify="right")
-    table.add_column("a GPU, GiB", justify="right")
-    t = plan.traffic
-    for name, value in (
-        ("dispatch across stages", t.across),
-        ("dispatch within stages", t.within),
-        ("gradients and weights of copies across stages", t.sync_across),
-        ("gradients and weights of copies within stages", t.sync_within),
-    ):
-        table.add_row(name, f"{value / GIB:,.3f}", f"{value / GIB / plan.world:,.3f}")
-    console.print(table)
-    console.print(
-        f"stage-local: {t.local_experts:.1%} of the experts, {t.local_tokens:.1%} of the routed rows; "
-        f"busiest cell {t.busiest:.2f} x the mean; {plan.replica_groups} set(s) of holders"
-    )
-    if plan.choices:
-        console.print(f"placements (GiB of pool a GPU, GiB across stages a step): {describe_choices(plan)}")
-
-
-def describe_choices(plan: PoolPlan) -> str:
-    """The comparison in one line."""
-    words = []
-    for c in plan.choices:
-        name = f"hybrid of {c.budget_gib:.3g}" if c.placement == "hybrid" else c.placement
-        words.append(f"{name}{'*' if c.refused else ''} {c.pool_bytes / GIB:,.4g}, {c.across_bytes / GIB:,.0f}")
-    refused = "; * not with this configuration" if any(c.refused for c in plan.choices) else ""
-    return " | ".join(words) + refused

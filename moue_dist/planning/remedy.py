@@ -10,15 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from moue_dist.config import Config
 from moue_dist.config.devices import Device
-from moue_dist.planning.memory import GIB, RESERVE
+from moue_dist.planning.answers import Plan
+from moue_dist.planning.memory.peak import RESERVE
+from moue_dist.planning.memory.sizes import GIB
 from moue_dist.planning.pool import with_placement
-
-if TYPE_CHECKING:
-    from moue_dist.planning.plan import Plan
 
 ACHIEVED = 0.4  # of peak FLOP/s
 PEAK_TFLOPS = 500.0  # where the device's is unknown
@@ -27,7 +25,7 @@ WIRE, NETWORK = 300e9, 50e9  # bytes per second and GPU within a node, and betwe
 BUS, HOST_MEMORY = 25e9, 20e9  # bytes per second and GPU
 FEW_ROWS = 128  # rows of an expert at which its GEMM takes twice the time that its FLOPs need
 
-PlanOf = Callable[[Config, int], "Plan | None"]
+PlanOf = Callable[[Config, int], Plan | None]
 
 
 @dataclasses.dataclass(frozen=True)

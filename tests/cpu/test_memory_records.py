@@ -14,7 +14,7 @@ from moue_dist.config import Config
 from moue_dist.config.devices import Device
 from moue_dist.config.load import load_config
 from moue_dist.parallel.mesh import build_mesh
-from moue_dist.planning.memory import GIB
+from moue_dist.planning.memory.sizes import GIB
 from moue_dist.planning.plan import build_plan
 from tests.ranks.spawn import ROOT
 

@@ -16,7 +16,9 @@ from moue_dist.config.devices import Device, find_device
 from moue_dist.config.load import load_config
 from moue_dist.parallel.mesh import Mesh, build_mesh, layers_of_rank, smallest_world, stage_layout
 from moue_dist.planning.flops import flops_per_token, parameters
-from moue_dist.planning.memory import GIB, Share, chunks_in_flight, dense_parameters
+from moue_dist.planning.memory.in_flight import chunks_in_flight
+from moue_dist.planning.memory.sizes import GIB, Share
+from moue_dist.planning.memory.weights import dense_parameters
 from moue_dist.planning.plan import build_plan, ranges
 from moue_dist.refusals.machine import Resolved
 from moue_dist.refusals.validate import validate

@@ -15,7 +15,8 @@ from moue_dist.config import Config, ParallelConfig
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.placement.costs import row_wire_bytes, stage_use, step_traffic
 from moue_dist.parallel.placement.of_config import expert_bytes, place_pool, stages_of_moe_layers
-from moue_dist.planning.memory import Share, rows_served
+from moue_dist.planning.memory.in_flight import rows_served
+from moue_dist.planning.memory.sizes import Share
 from tests.ranks import parity
 from tests.ranks.cases import BASE, RING
 from tests.ranks.spawn import RankPool
