@@ -6,25 +6,22 @@ layout? Memory and compute are measured, transfers are modelled, waiting for oth
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moue_dist.bench import result
 from moue_dist.bench.options import BenchOptions
+from moue_dist.bench.parts import guarded
 from moue_dist.bench.placements import variant
+from moue_dist.bench.setting import Setting, describe
 from moue_dist.config import Config, ConfigError
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.rehearsal import Link, rehearse
 from moue_dist.training.run import Place, resolve_here
-
-if TYPE_CHECKING:  # megatron-core, which a CPU host prepares for first
-    from moue_dist.model.system import System
-    from moue_dist.parallel.lockstep.exchange import LockstepExchange
 
 
 @dataclass(frozen=True)
@@ -38,10 +35,6 @@ class Rehearsed:
 
 def run(config: Config, options: BenchOptions) -> int:
     """Measure in this process; exit code 0 if it was. Raises ConfigError for what the user can mend."""
-    from pathlib import Path
-
-    from moue_dist.bench.run import Setting, describe, guarded
-
     place = Rehearsed(options.rank, options.world)
     if place.rank >= place.world_size:
         raise ConfigError(f"--rank {place.rank} is none of --world {place.world_size}; ranks count from 0")
@@ -78,49 +71,3 @@ def _random_batches(config: Config, place: Place, steps: int) -> list[list[dict[
         return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "position_ids": position}
 
     return [[batch() for _ in range(config.train.global_batch_size // (b * mesh.data))] for _ in range(steps)]
-
-
-def answer_for_others(system: System) -> None:
-    """Where experts live at home, let the cells of all stages ask this one for what balanced routing asks on average.
-
-    An echo of this rank's own counts would not do: the stages see other windows, and idle ones send nothing.
-    """
-    if system.dense.lockstep is not None:
-        exchange = system.dense.lockstep.exchange
-        group = exchange.wire.groups["forward"]
-        group.answer = _expected_counts(system, exchange)
-
-
-def _expected_counts(system: System, exchange: LockstepExchange) -> Callable[[Tensor], None]:
-    config, p, topology = system.config, exchange.placement, system.context.topology
-    clock, width = exchange.clock, exchange.owner.width
-    tokens = config.model.sequence_length * config.train.micro_batch_size // system.mesh.tensor
-    first = [sum(clock.layers[:stage]) for stage in range(p.pipeline)]
-    mine = p.rows(clock.stage, exchange.ep_rank)
-
-    def asked(stage: int, j: int) -> list[int]:
-        """Rows for each expert here, from one source of `stage` in its layer j."""
-        window = set(topology.windows[first[stage] + j])
-        here = [e in window and p.server(e, stage) == clock.stage for e in mine]
-        total, shares, given = tokens * config.moe.top_k / len(window), [], 0
-        for i in range(1, sum(here) + 1):  # rounded so that the sum is right
-            shares.append(int(total * i) - given)
-            given = int(total * i)
-        counts = iter(shares)
-        return [next(counts) if yes else 0 for yes in here] + [0] * (width - len(mine))
-
-    table = {
-        (stage, j): torch.tensor(asked(stage, j), dtype=torch.int64, device=system.device)
-        for stage in range(p.pipeline)
-        for j in range(clock.layers[stage])
-    }
-    nothing = torch.zeros(width, dtype=torch.int64, device=system.device)
-
-    def answer(out: Tensor) -> None:
-        j = max(clock.layers) - len(clock.due["forward"]) - 1  # the round that was just entered
-        for cell in range(exchange.cells):
-            stage = cell // p.expert_parallel
-            busy = clock.schedule.microbatch("forward", clock.slot, stage) is not None
-            out[cell].copy_(table[stage, j] if busy and j < clock.layers[stage] else nothing)
-
-    return answer

@@ -1,0 +1,1 @@
+"""Pages, figures and pictures of runs and of the pool. Imports measuring, configuration and parallel's arithmetic."""
