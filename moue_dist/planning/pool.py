@@ -14,7 +14,7 @@ from moue_dist.parallel.placement.placement import Placement
 from moue_dist.parallel.placement.planner import Kind
 from moue_dist.planning.memory.in_flight import lock_step_lag
 from moue_dist.planning.memory.sizes import GIB
-from moue_dist.refusals.validate import check_placement
+from moue_dist.refusals.placement import check_placement
 
 
 @dataclass(frozen=True)
