@@ -62,7 +62,9 @@ def run(config: Config, place: Place, options: BenchOptions) -> int:
 
 def _read_batches(config: Config, place: Place, steps: int, world: Any) -> list[list[dict[str, torch.Tensor]]]:
     """The first steps' microbatches of this data rank, as training reads them, all on the device."""
-    from moue_dist.data.datasets import Batches, build_datasets, data_folder, prepare_corpus
+    from moue_dist.data.batches import Batches
+    from moue_dist.data.corpus import data_folder, prepare_corpus
+    from moue_dist.data.datasets import build_datasets
 
     mesh = build_mesh(place.world_size, config.parallel)
     folder = data_folder(config, Path(config.output).expanduser() / "bench")

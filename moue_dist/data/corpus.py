@@ -22,7 +22,7 @@ import numpy
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tqdm import tqdm
 
-from moue_dist.config import ConfigError, DataConfig
+from moue_dist.config import Config, ConfigError, DataConfig
 
 EOD = 0  # end of document: the one byte that text never holds
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
@@ -49,6 +49,11 @@ class _Source:
     path: Path
     size: int  # bytes
     changed: int  # nanoseconds; 0 for the standard library, whose version stands for it
+
+
+def data_folder(config: Config, run_dir: str | Path) -> Path:
+    """Where the corpus and its indices live: data.cache, or `data` inside the run folder."""
+    return Path(config.data.cache).expanduser().resolve() if config.data.cache else Path(run_dir).resolve() / "data"
 
 
 def prepare_corpus(data: DataConfig, folder: str | Path, *, show_progress: bool = True) -> str:

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moue_dist.checkpoint import store as checkpoint
-from moue_dist.data.datasets import Batches, build_datasets, data_folder, prepare_corpus
+from moue_dist.data.batches import Batches
+from moue_dist.data.corpus import data_folder, prepare_corpus
+from moue_dist.data.datasets import build_datasets
 from moue_dist.measuring.metrics import MetricsLog, Rates, StepMeter
 from moue_dist.measuring.power import PowerMeter
 from moue_dist.measuring.progress import ProgressBar

@@ -16,8 +16,10 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moue_dist.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
-from moue_dist.data.corpus import find_corpus
-from moue_dist.data.datasets import Batches, _sample_index, build_datasets, data_folder, prepare_corpus
+from moue_dist.data.batches import Batches
+from moue_dist.data.corpus import data_folder, find_corpus, prepare_corpus
+from moue_dist.data.datasets import build_datasets
+from moue_dist.data.sample_index import sample_index
 
 S = 16  # sequence length
 
@@ -274,7 +276,7 @@ def test_numpy_index_equals_the_compiled_one(seed: int) -> None:
     documents = generator.permutation(40).astype(numpy.int32)
     # 13 puts sample borders inside documents; 1-token documents put several into one sample
     arguments = (sizes, documents, 13, 1, int(sizes.sum()), True, 1)
-    ours, theirs = _sample_index(*arguments), helpers.build_sample_idx_int32(*arguments)
+    ours, theirs = sample_index(*arguments), helpers.build_sample_idx_int32(*arguments)
     assert ours.dtype == theirs.dtype
     assert numpy.array_equal(ours, theirs)
 
@@ -296,6 +298,6 @@ def test_datasets_build_without_the_compiled_helpers(
     batches = ready(config, tmp_path / "without")
     assert _rows(batches, 2, 1) == expected
     batches.close()
-    assert sys.modules["megatron.core.datasets.helpers_cpp"].build_sample_idx_int32 is _sample_index
+    assert sys.modules["megatron.core.datasets.helpers_cpp"].build_sample_idx_int32 is sample_index
     for name in ("helpers", "helpers_cpp"):  # the next test gets the compiled ones again
         del sys.modules[f"megatron.core.datasets.{name}"]

@@ -48,7 +48,9 @@ def test_visible_devices_are_followed(by_uuid: bool) -> None:
 
 def test_batches_on_the_gpu_equal_those_on_the_host(tmp_path: Path) -> None:
     from moue_dist.config import Config, DataConfig, ModelConfig, TrainConfig
-    from moue_dist.data.datasets import Batches, build_datasets, prepare_corpus
+    from moue_dist.data.batches import Batches
+    from moue_dist.data.corpus import prepare_corpus
+    from moue_dist.data.datasets import build_datasets
 
     (tmp_path / "text.txt").write_text("\n".join(f"line {i}" for i in range(5000)))
     config = Config(

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moue_dist.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
-from moue_dist.data.datasets import Batches, build_datasets, prepare_corpus
+from moue_dist.data.batches import Batches
+from moue_dist.data.corpus import prepare_corpus
+from moue_dist.data.datasets import build_datasets
 
 
 def build(folder: str, config: Config, private: bool = False) -> list[list[int]] | str:
