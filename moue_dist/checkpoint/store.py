@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from moue_dist.config import Config, ConfigError
+from moue_dist.checkpoint.description import FILE, Position, check, describe
 from moue_dist.model.system import System
 from moue_dist.parallel.megatron import saving as megatron_saving
-from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.pool.synced import check_replicas
-
-FORMAT = 2  # of moue.json and of what stands beside it; raise it when older checkpoints cannot be read any more
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: finished optimizer steps and tokens seen."""
-
-    step: int
-    tokens: int
-
-
-def newest(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None. Raises ConfigError where it names one that is gone."""
-    pointer = folder / "latest"
-    if not pointer.exists():
-        return None
-    path = folder / pointer.read_text().strip()
-    if not (path / "moue.json").is_file():
-        raise ConfigError(
-            f"{pointer} names {path.name}, which is not a complete checkpoint: write the name of another "
-            f"step_* folder into it, or move {folder} away to start afresh"
-        )
-    return path
 
 
 def save(system: System, folder: Path, position: Position, keep: int) -> Path:
@@ -63,7 +37,7 @@ def save(system: System, folder: Path, position: Position, keep: int) -> Path:
     dist.barrier(group=system.groups.world)
     if system.rank == 0:
         about = describe(system.config, system.mesh, position)
-        (part / "moue.json").write_text(json.dumps(about, indent=2) + "\n")
+        (part / FILE).write_text(json.dumps(about, indent=2) + "\n")
         if path.exists():
             shutil.rmtree(path)
         os.replace(part, path)
@@ -129,80 +103,3 @@ def _take_shared(system: System, loaded: dict[str, torch.Tensor], step: int) -> 
                     shares[segment][offset : offset + length].copy_(value.view(length))
     system.shared.set_steps(step)
     system.shared.publish()
-
-
-def describe(config: Config, mesh: Mesh, position: Position) -> dict[str, Any]:
-    """What moue.json says about a checkpoint."""
-    return {
-        "format": FORMAT,
-        "step": position.step,
-        "tokens": position.tokens,
-        "layout": _layout_of(config, mesh),
-        "distributed_optimizer": config.parallel.distributed_optimizer,
-        "model": _model_of(config),
-    }
-
-
-def _model_of(config: Config) -> dict[str, Any]:
-    m, e = config.model, config.moe
-    names = ("layers", "hidden_size", "heads", "kv_heads", "vocab_size", "dense_layers", "qk_norm", "tied_head")
-    moe = ("pool", "expert_width", "router", "state_width", "shared_expert_width")
-    return {f"model.{n}": getattr(m, n) for n in names} | {f"moe.{n}": getattr(e, n) for n in moe}
-
-
-def _layout_of(config: Config, mesh: Mesh) -> dict[str, Any]:
-    return {
-        "world": mesh.world,
-        "pipeline_parallel": mesh.pipeline,
-        "virtual_stages": mesh.virtual,
-        "tensor_parallel": mesh.tensor,
-        "stage_layers": list(config.parallel.stage_layers),
-    }
-
-
-def check(config: Config, path: Path) -> Position:
-    """Where the checkpoint `path` stands. Raises ConfigError if it is of another format, broken, or of another model.
-
-    Reads moue.json alone: nothing is built, no other rank is asked.
-    """
-    about = _read(path)
-    for name, mine in _model_of(config).items():
-        if name not in about["model"]:
-            raise _unreadable(path, f"has format {FORMAT}, but its entry 'model' lacks {name}")
-        if about["model"][name] != mine:
-            raise ConfigError(
-                f"{path} was trained with {name}={about['model'][name]}, this run has {mine}: use the same model, "
-                "or another name= for a run of its own"
-            )
-    sharded = config.parallel.distributed_optimizer
-    if about["distributed_optimizer"] != sharded:
-        raise ConfigError(
-            f"{path} was saved with parallel.distributed_optimizer={str(not sharded).lower()}, whose optimizer state "
-            f"has another form: resume with that value"
-        )
-    return Position(about["step"], about["tokens"])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """moue.json of the checkpoint `path`, with all entries that loading uses, each of its type."""
-    try:
-        about = json.loads((path / "moue.json").read_text())
-    except ValueError:  # no JSON, or no text at all
-        raise _unreadable(path, "is no JSON, so that its format is unknown") from None
-    if not isinstance(about, dict) or "format" not in about:
-        raise _unreadable(path, "names no format")
-    if about["format"] != FORMAT:
-        raise _unreadable(path, f"has format {about['format']}")
-    for name, kind in {"step": int, "tokens": int, "distributed_optimizer": bool, "model": dict}.items():
-        if name not in about:
-            raise _unreadable(path, f"has format {FORMAT}, but no entry '{name}'")
-        if type(about[name]) is not kind:  # a bool is an int, too
-            raise _unreadable(path, f"has format {FORMAT}, but its entry '{name}' is {about[name]!r}")
-    return about
-
-
-def _unreadable(path: Path, why: str) -> ConfigError:
-    return ConfigError(
-        f"moue.json of {path} {why}; this version reads format {FORMAT}: resume with the version that wrote it, write "
-        f"the name of another step_* folder into {path.parent / 'latest'}, or use another name= for a run of its own"
-    )

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moue_dist.checkpoint import store as checkpoint
+from moue_dist.checkpoint import store
+from moue_dist.checkpoint.description import Position, newest
 from moue_dist.data.batches import Batches
 from moue_dist.data.corpus import data_folder, prepare_corpus
 from moue_dist.data.datasets import build_datasets
@@ -71,7 +72,7 @@ class _Loop:
         meter: StepMeter,
         bar: ProgressBar,
         log: MetricsLog,
-        done: checkpoint.Position,
+        done: Position,
     ) -> None:
         self.system, self.run_dir, self.batches, self.meter = system, run_dir, batches, meter
         self.bar, self.log, self.done = bar, log, done
@@ -122,7 +123,7 @@ class _Loop:
             result = train_step(system, microbatches, step, timeline)
             torch.cuda.synchronize()
             rates = self.meter.stop()
-        self.done = checkpoint.Position(step + 1, self.done.tokens + self.meter.tokens_per_step)
+        self.done = Position(step + 1, self.done.tokens + self.meter.tokens_per_step)
         self.counts_lp = result.counts_lp if self.counts_lp is None else self.counts_lp + result.counts_lp
         self.use_lp = result.counts_lp if self.use_lp is None else self.use_lp + result.counts_lp
         return _Finished(step + 1, result, rates)
@@ -193,7 +194,7 @@ class _Loop:
 
     def _save(self, finished: _Finished) -> None:
         began = time.perf_counter()
-        path = checkpoint.save(
+        path = store.save(
             self.system, self.run_dir / "checkpoints", self.done, self.system.config.train.keep_checkpoints
         )
         text = f"saved {path} in {time.perf_counter() - began:.1f} s"
@@ -211,11 +212,11 @@ def _open_data(system: System, run_dir: Path) -> Batches:
     return Batches(train, valid, t, system.device)
 
 
-def _resume(system: System, run_dir: Path) -> checkpoint.Position:
-    path = checkpoint.newest(run_dir / "checkpoints")
+def _resume(system: System, run_dir: Path) -> Position:
+    path = newest(run_dir / "checkpoints")
     if path is None:
-        return checkpoint.Position(0, 0)
-    done = checkpoint.load(system, path)
+        return Position(0, 0)
+    done = store.load(system, path)
     if system.rank == 0:
         print(f"resuming from {path}: {done.step} steps, {done.tokens:,} tokens", flush=True)
     return done

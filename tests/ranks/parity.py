@@ -121,7 +121,8 @@ def train(
     `load` and `save` are checkpoint folders; `kill` are experts that the loss-free bias hides from the router;
     `check_every` is the interval in steps of the replicas' bit-equality check, which also ends the run.
     """
-    from moue_dist.checkpoint import store as checkpoint
+    from moue_dist.checkpoint import store
+    from moue_dist.checkpoint.description import Position, newest
     from moue_dist.parallel.megatron import adapter as megatron
     from moue_dist.parallel.pool.synced import check_replicas
     from moue_dist.training.step import train_step
@@ -130,9 +131,9 @@ def train(
     try:
         system.context.balance.bias[list(kill)] = -1e9
         if load is not None:
-            newest = checkpoint.newest(load)
-            assert newest is not None
-            assert checkpoint.load(system, newest).step == start
+            path = newest(load)
+            assert path is not None
+            assert store.load(system, path).step == start
         initial, tokens, results = collect(system), tokens_of(config, config.train.steps, seed), []
         for i in range(start, stop):
             mine = microbatches(config, tokens[i], system.coord.dp, system.mesh.data)
@@ -143,7 +144,7 @@ def train(
         if save is not None:
             # megatron-core's writer forks, which multiprocessing forbids to daemons as the ranks here are.
             multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-            checkpoint.save(system, save, checkpoint.Position(stop, 0), keep=9)
+            store.save(system, save, Position(stop, 0), keep=9)
         return Trained(
             [r.loss for r in results],
             [r.grad_norm for r in results],

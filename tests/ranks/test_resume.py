@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from moue_dist.checkpoint import description
 from moue_dist.config import Config, ConfigError
 from tests.ranks import parity
 from tests.ranks.cases import Case
@@ -90,13 +91,13 @@ def test_resumed_on_another_layout(
 
 def refusal(config: Config, folder: Path) -> str | None:
     """Inside a rank: why the checkpoint in `folder` does not load."""
-    from moue_dist.checkpoint import store as checkpoint
+    from moue_dist.checkpoint import store
     from moue_dist.parallel.megatron import adapter as megatron
 
-    system, newest = parity.build(config), checkpoint.newest(folder)
+    system, path = parity.build(config), description.newest(folder)
     try:
-        assert newest is not None
-        checkpoint.load(system, newest)
+        assert path is not None
+        store.load(system, path)
     except ConfigError as error:
         return str(error)
     finally:
@@ -123,23 +124,20 @@ def test_another_model_or_optimizer_is_refused_by_name(
 
 def described(folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
     """A checkpoint folder with nothing but the moue.json that `config` would write, and what is in it."""
-    from moue_dist.checkpoint import store as checkpoint
     from moue_dist.parallel.mesh import build_mesh
 
     path = folder / "step_00000003"
     path.mkdir()
-    about = checkpoint.describe(config, build_mesh(1, config.parallel), checkpoint.Position(3, 96))
+    about = description.describe(config, build_mesh(1, config.parallel), description.Position(3, 96))
     (path / "moue.json").write_text(json.dumps(about))
     return path, about
 
 
 def test_a_description_is_read_as_it_was_written(tmp_path: Path) -> None:
-    from moue_dist.checkpoint import store as checkpoint
-
     config = config_of("", "moue")
     path, about = described(tmp_path, config)
-    assert about["format"] == checkpoint.FORMAT
-    assert checkpoint.check(config, path) == checkpoint.Position(3, 96)
+    assert about["format"] == description.FORMAT
+    assert description.check(config, path) == description.Position(3, 96)
 
 
 GONE = object()
@@ -166,15 +164,13 @@ GONE = object()
 def test_another_format_or_a_broken_entry_is_refused_by_name(
     changes: dict[str, Any], found: str, tmp_path: Path
 ) -> None:
-    from moue_dist.checkpoint import store as checkpoint
-
     config = config_of("", "moue")
     path, about = described(tmp_path, config)
     about = {name: value for name, value in (about | changes).items() if value is not GONE}
     (path / "moue.json").write_text(json.dumps(about))
     with pytest.raises(ConfigError) as refused:
-        checkpoint.check(config, path)
-    for part in (str(path), found, f"reads format {checkpoint.FORMAT}:", str(tmp_path / "latest"), "name="):
+        description.check(config, path)
+    for part in (str(path), found, f"reads format {description.FORMAT}:", str(tmp_path / "latest"), "name="):
         assert part in str(refused.value)
 
 
@@ -183,14 +179,12 @@ def test_another_format_or_a_broken_entry_is_refused_by_name(
     [(b'{"format": 2, "st', "is no JSON"), (b"", "is no JSON"), (b"\xff\x00", "is no JSON"), (b"[]", "no format")],
 )
 def test_a_garbled_description_is_refused_by_name(content: bytes, found: str, tmp_path: Path) -> None:
-    from moue_dist.checkpoint import store as checkpoint
-
     config = config_of("", "moue")
     path, _ = described(tmp_path, config)
     (path / "moue.json").write_bytes(content)
     with pytest.raises(ConfigError) as refused:
-        checkpoint.check(config, path)
-    for part in (str(path), found, f"reads format {checkpoint.FORMAT}:", "name="):
+        description.check(config, path)
+    for part in (str(path), found, f"reads format {description.FORMAT}:", "name="):
         assert part in str(refused.value)
 
 
