@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,6 +44,16 @@ class BalanceState:
     F_e: Tensor
     f_le: Tensor
     bias: Tensor
+    # What never changes, made once: each of these takes the host a copy to the device, and a wait for it.
+    visible_lp: Tensor = field(init=False)
+    target_p: Tensor = field(init=False)  # fp64, as is the next
+    exposure_p: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = self.F_e.device
+        self.visible_lp = visible_lp(self.topology, device)
+        self.target_p = target_share(self.topology, device)
+        self.exposure_p = torch.tensor(self.topology.exposure, dtype=torch.float64, device=device)
 
     @classmethod
     def initial(cls, topology: Topology, device: torch.device | str | None = None) -> BalanceState:
@@ -72,9 +82,8 @@ class BalanceState:
         self.F_e.copy_(torch.where(total > 0, count_p / total.clamp(min=1), self.F_e))
         if bias_rate:
             # pi_e = c_e / (L * W): cross-multiplied, integers stay exact and a balanced expert has sign 0.
-            exposure_p = torch.tensor(self.topology.exposure, dtype=torch.float64, device=count_p.device)
             slots = self.topology.layers * self.topology.window
-            self.bias.add_(torch.sign(exposure_p * total - count_p * slots).float(), alpha=bias_rate)
+            self.bias.add_(torch.sign(self.exposure_p * total - count_p * slots).float(), alpha=bias_rate)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of F_e, f_le and bias."""
@@ -94,8 +103,7 @@ class BalanceState:
 
 def _term_weights(topology: Topology, state: BalanceState) -> dict[str, Tensor]:
     """Each term's weights on the mean scores, fp32 [L, P], zero outside the windows, 1/L included."""
-    mask_lp = visible_lp(topology, state.F_e.device)
-    pi_p = target_share(topology, state.F_e.device).to(state.F_e.dtype)
+    mask_lp, pi_p = state.visible_lp, state.target_p.to(state.F_e.dtype)
     # An expert that no layer sees has pi = 0 and no scores: the mask drops it, the clamp keeps it finite.
     over_target_p = torch.where(pi_p > 0, state.F_e / pi_p.clamp(min=1e-30), 0.0)
     rows_lp = {

@@ -50,10 +50,12 @@ def train_step(system: System, microbatches: Sequence[Batch], step: int, timelin
         lr = _update(system, norm, step)
 
     loss, tallies = _reduce_statistics(system, losses)
-    total = len(microbatches) * system.mesh.data
-    aux = _auxiliary(system, tallies, total)
+    terms = _auxiliary(system, tallies, len(microbatches) * system.mesh.data)
     context.balance.update(tallies.counts_lp, system.config.balance.bias)
-    return StepResult(loss, aux, norm, lr, tallies.counts_lp.cpu())
+    # All that the host learns of the step in one copy: each would wait for the device.
+    told = torch.cat([loss, *(term.double().view(1) for term in terms.values()), tallies.counts_lp.flatten()]).cpu()
+    aux = dict(zip(terms, told[1:].tolist(), strict=False))
+    return StepResult(float(told[0]), aux, norm, lr, told[1 + len(terms) :].view(tallies.counts_lp.shape))
 
 
 def _gradients(system: System, microbatches: Sequence[Batch], timeline: Timeline) -> list[Tensor]:
@@ -152,22 +154,22 @@ def _add_loss(system: System, total: Tensor, losses: Sequence[Tensor]) -> None:
         total += torch.stack(list(losses)).double().mean() / (system.mesh.data * system.mesh.tensor)
 
 
-def _reduce_statistics(system: System, losses: Sequence[Tensor]) -> tuple[float, Tallies]:
-    """Loss and tallies of the global batch: one sum over all ranks."""
+def _reduce_statistics(system: System, losses: Sequence[Tensor]) -> tuple[Tensor, Tallies]:
+    """Loss [1] and tallies of the global batch, on the device: one sum over all ranks."""
     tallies = system.context.tallies
     loss = torch.zeros(1, dtype=torch.float64, device=system.device)
     _add_loss(system, loss, losses)
     flat = torch.cat([loss, tallies.flat()])
     dist.all_reduce(flat, group=system.groups.world)
     topology = system.context.topology
-    return float(flat[0]), Tallies.from_flat(flat[1:], topology.layers, topology.pool)
+    return flat[:1], Tallies.from_flat(flat[1:], topology.layers, topology.pool)
 
 
-def _auxiliary(system: System, tallies: Tallies, microbatches: int) -> dict[str, float]:
-    """The auxiliary terms that have a coefficient, without it: 1 means balanced."""
+def _auxiliary(system: System, tallies: Tallies, microbatches: int) -> dict[str, Tensor]:
+    """The auxiliary terms that have a coefficient, without it: 1 means balanced. Scalars on the device."""
     context, b = system.context, system.config.balance
     terms = balance_terms(context.topology, context.balance, (tallies.scores_lp / microbatches).float())
-    aux = {name: float(value) for name, value in terms.items() if getattr(b, name)}
+    aux = {name: value for name, value in terms.items() if getattr(b, name)}
     if b.z_loss:
-        aux["z_loss"] = float(tallies.z_l.mean() / microbatches)
+        aux["z_loss"] = tallies.z_l.mean() / microbatches
     return aux
