@@ -305,6 +305,16 @@ def interpret() -> None:
         add_weight_gradients(pool.view(5, 24, 40), dys, xs, counts, starts, impl)
         totals.append(pool)
     torch.testing.assert_close(*totals)
+    from moue_dist.kernels.experts import wgrad_triton
+
+    torch.manual_seed(0)
+    counts = torch.tensor([[70, 0, 3, 64, 200]])  # one layer: tiles brought by the copy engine, and their tails
+    dy, x, starts = torch.randn(340, 24), torch.randn(340, 40), counts.cumsum(1) - counts
+    dy[337:], x[337:] = torch.nan, torch.nan  # room behind the rows
+    totals = [torch.ones(5, 24, 40) for _ in range(2)]
+    add_weight_gradients(totals[0], [dy], [x], counts, starts, "torch")
+    wgrad_triton.add_weight_gradients(totals[1], [dy], [x], counts, starts, wgrad_triton.TENSOR_COPIES)
+    torch.testing.assert_close(*totals)
     print("gradients")
     results = []
     for impl, merged in (("torch", 1), ("triton", 1), ("triton", 3)):

@@ -163,6 +163,41 @@ def test_weight_gradients_of_several_layers(o, i, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("many", [True, False])
+def test_weight_gradients_of_one_layer_by_either_kernel(many: bool) -> None:
+    """Many rows to an expert take the copy engine's kernel; tails, an expert without rows, room behind the last."""
+    from moue_dist.kernels.experts import wgrad_triton
+
+    torch.manual_seed(3)
+    sizes = [4099, 0, 3000, 2500] if many else [99, 0, 30, 2500]
+    o, i, rows = 320, 264, sum(sizes)
+    dy, x = (torch.randn(rows + 50, n, device="cuda").bfloat16() for n in (o, i))
+    dy[rows:], x[rows:] = torch.nan, torch.nan
+    counts = torch.tensor([sizes], device="cuda")
+    total = torch.ones(4, o, i, device="cuda")
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert wgrad_triton.takes_tensor_copies(total, [dy]) is many
+    with no_waiting():
+        add_weight_gradients(total, [dy], [x], counts, counts.cumsum(1) - counts, "triton")
+    for n, (a, b) in enumerate(zip(dy[:rows].split(sizes), x[:rows].split(sizes), strict=True)):
+        exact = a.double().T @ b.double() + 1
+        assert relative(total[n], exact) < LIMIT[torch.float32]
+
+
+@needs_triton
+def test_rows_of_one_expert_beyond_32_bits_of_numbers() -> None:
+    """1,048,576 rows of width 2048 are 2**31 numbers: the rows behind them count, too."""
+    rows = 2**20 + 96
+    dy, x = torch.zeros(rows, 2048, device="cuda").bfloat16(), torch.zeros(rows, 16, device="cuda").bfloat16()
+    dy[-1], x[-1] = 2.0, 3.0
+    both = [torch.zeros(2, 2048, 16, device="cuda") for _ in range(2)]
+    for total, layers in zip(both, (1, 2), strict=True):
+        counts = torch.tensor([[0, rows]] * layers, device="cuda")
+        add_weight_gradients(total, [dy] * layers, [x] * layers, counts, torch.zeros_like(counts), "triton")
+        assert (total[1] == 6.0 * layers).all() and not total[0].any()
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("f", "rows"), [(8, 300), (96, 13), (1024, 70), (2100, 2)])
 def test_weighted_swiglu_backward(f, rows, dtype):
