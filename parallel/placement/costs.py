@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moue_dist.parallel.placement.placement import Placement, common_pieces
+from moue_dist.parallel.placement.placement import Placement, pieces_of_a_row
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -103,17 +103,6 @@ def served(placement: Placement, use: Floats) -> Floats:
     columns = np.broadcast_to(np.asarray(placement.columns), use.shape)
     np.add.at(load, (servers(placement), columns), use)
     return load
-
-
-def pieces_of_a_row(placement: Placement, expert_data: int, row: int) -> int:
-    """In how many pieces the optimizer's shares are cut, the same for all cells."""
-    runs = {
-        (rows, len(stages) * expert_data)
-        for ep in range(placement.expert_parallel)
-        for rows, stages in placement.column_runs(ep)
-        if stages
-    }
-    return common_pieces(runs, row)
 
 
 def cell_bytes(placement: Placement, each: ExpertBytes, expert_data: int = 1) -> dict[str, Ints]:

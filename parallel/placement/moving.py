@@ -24,8 +24,7 @@ from torch import Tensor
 from moue_dist.parallel.groups import Groups, ReplicaGroup
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.placement.costs import Floats, Ints, servers
-from moue_dist.parallel.placement.placement import Placement
-from moue_dist.parallel.pool.pool import pool_pieces
+from moue_dist.parallel.placement.placement import Placement, pieces_of_a_row
 from moue_dist.parallel.pool.synced import SyncedBuffer
 
 STATES = ("weight", "exp_avg", "exp_avg_sq")  # as `SharedOptimizer.states` names them
@@ -90,7 +89,7 @@ class Move:
 
 def plan_move(old: Placement, new: Placement, mesh: Mesh, row: int) -> Move:
     """What takes the pool, experts of `row` numbers, from one placement to another; units are the finer of the two."""
-    cut_old, cut_new = (pool_pieces(p, mesh, row) for p in (old, new))
+    cut_old, cut_new = (pieces_of_a_row(p, mesh.expert_data, row) for p in (old, new))
     pieces = max(cut_old, cut_new)  # powers of two: one divides the other
     source = np.repeat(owners(old, mesh, cut_old), pieces // cut_old)
     target = np.repeat(owners(new, mesh, cut_new), pieces // cut_new)

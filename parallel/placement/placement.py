@@ -109,6 +109,20 @@ def common_pieces(segment_rows: Iterable[tuple[int, int]], row: int) -> int:
     return pieces
 
 
+def pieces_of_a_row(placement: Placement, expert_data: int, row: int) -> int:
+    """The pieces of a row of `row` numbers, from all segments of all cells: every rank finds the same number.
+
+    `expert_data` are the ranks that hold the same cell.
+    """
+    runs = {
+        (rows, len(stages) * expert_data)
+        for ep in range(placement.expert_parallel)
+        for rows, stages in placement.column_runs(ep)
+        if stages
+    }
+    return common_pieces(runs, row)
+
+
 def replicate(
     windows: Sequence[Sequence[int]], stage_of_layer: Sequence[int], pool: int, pipeline: int, expert_parallel: int
 ) -> Placement:

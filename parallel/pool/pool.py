@@ -14,7 +14,7 @@ from moue_dist.kernels.experts.mlp import ExpertSlab
 from moue_dist.kernels.experts.wgrad import WeightGradients
 from moue_dist.parallel.groups import Groups
 from moue_dist.parallel.mesh import Mesh
-from moue_dist.parallel.placement.placement import Placement, common_pieces, spans
+from moue_dist.parallel.placement.placement import Placement, pieces_of_a_row, spans
 from moue_dist.parallel.pool.synced import SyncedBuffer
 
 
@@ -45,7 +45,7 @@ class ExpertPool:
             placement.pool,
             3 * width * hidden,
             [(s.start, s.stop, groups.pool[s.stages]) for s in placement.segments(me.pp, me.ep)],
-            pieces=pool_pieces(placement, mesh, 3 * width * hidden),
+            pieces=pieces_of_a_row(placement, mesh.expert_data, 3 * width * hidden),
             dtype=dtype,
             device=device,
             grad_scale=1.0 / mesh.data,  # the mean over the dense data ranks, whatever the number of replicas
@@ -69,14 +69,3 @@ class ExpertPool:
             values[:split] *= std_in
             values[split:] *= std_out
             row.copy_(values)
-
-
-def pool_pieces(placement: Placement, mesh: Mesh, row: int) -> int:
-    """The pieces of a row (see `SyncedBuffer`), from all segments of all cells: every rank finds the same number."""
-    sizes = {
-        (s.stop - s.start, len(s.stages) * mesh.expert_data)
-        for stage in range(mesh.pipeline)
-        for ep in range(mesh.expert)
-        for s in placement.segments(stage, ep)
-    }
-    return common_pieces(sizes, row)

@@ -13,10 +13,10 @@ from moue_dist.parallel.placement.costs import (
     COUNT_BYTES,
     LANES,
     cell_bytes,
-    pieces_of_a_row,
     row_wire_bytes,
     step_traffic,
 )
+from moue_dist.parallel.placement.placement import common_pieces, pieces_of_a_row
 from tests.cpu.test_planner import EACH, MANY, Case, budgets, cases
 
 
@@ -29,9 +29,12 @@ def test_bytes_are_those_of_the_gradient_buffers(case: Case, part: float) -> Non
 
     for placement in (case.plan("replicate"), case.plan("hybrid", budgets(case, part))):
         found = cell_bytes(placement, EACH, case.expert_data)
-        unit = EACH.row // pieces_of_a_row(placement, case.expert_data, EACH.row)
-        everything = 0
-        for stage, ep in itertools.product(range(case.pipeline), range(case.ep)):
+        pieces, everything = pieces_of_a_row(placement, case.expert_data, EACH.row), 0
+        unit, cells = EACH.row // pieces, list(itertools.product(range(case.pipeline), range(case.ep)))
+        found_in_cells = [s for stage, ep in cells for s in placement.segments(stage, ep)]
+        needs = [(s.stop - s.start, len(s.stages) * case.expert_data) for s in found_in_cells]
+        assert pieces == common_pieces(needs, EACH.row)
+        for stage, ep in cells:
             rows = len(placement.rows(stage, ep))
             assert found["weights"][stage, ep] == rows * EACH.row * 2
             assert found["gradients"][stage, ep] == rows * EACH.row * 4

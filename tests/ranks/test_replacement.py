@@ -20,8 +20,7 @@ from moue_dist.config import Config
 from moue_dist.parallel.mesh import Mesh, build_mesh
 from moue_dist.parallel.placement.moving import STATES, owners, plan_move
 from moue_dist.parallel.placement.of_config import place_pool
-from moue_dist.parallel.placement.placement import Placement
-from moue_dist.parallel.pool.pool import pool_pieces
+from moue_dist.parallel.placement.placement import Placement, pieces_of_a_row
 from moue_dist.refusals.validate import validate
 from tests.ranks import parity
 from tests.ranks.cases import Case
@@ -117,7 +116,8 @@ def _held(system) -> set[int]:  # type: ignore[no-untyped-def]
 
 
 def _owned(placement: Placement, mesh: Mesh, rank: int, row: int) -> set[int]:
-    return set(np.flatnonzero(owners(placement, mesh, pool_pieces(placement, mesh, row)) == rank).tolist())
+    pieces = pieces_of_a_row(placement, mesh.expert_data, row)
+    return set(np.flatnonzero(owners(placement, mesh, pieces) == rank).tolist())
 
 
 def _states(system) -> dict[Unit, Tensor]:  # type: ignore[no-untyped-def]
@@ -175,7 +175,7 @@ def test_a_moved_pool_trains_on_as_if_it_had_stayed(layout: str, model: str, ran
     assert totals == [plan_move(a, b, mesh, row).bytes for a, b in itertools.pairwise(places)]
     assert totals[0] == 3 * 4 * row * config.moe.pool, "a rotated home moves every expert"
     if "dp2" in layout and "ep2" not in layout:
-        cut = {pool_pieces(p, mesh, row) for p in places}
+        cut = {pieces_of_a_row(p, mesh.expert_data, row) for p in places}
         assert len(cut) > 1, "no move between coarser and finer shares is tried here"
 
 
