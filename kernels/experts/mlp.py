@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moue_dist.kernels.backend import ExpertBackend, Impl, check_grouped_sizes, default_impl
+from moue_dist.kernels.backend import ExpertBackend, Impl, default_impl
 from moue_dist.kernels.experts.grouped_gemm import Gemm, LoopGemm, TorchGemm
 from moue_dist.kernels.experts.swiglu import swiglu_backward, swiglu_forward, swiglu_weighted_backward
 from moue_dist.kernels.experts.wgrad import WeightGradients
+from moue_dist.kernels.sizes import check_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,7 @@ def expert_mlp(
         return slab.te(x_rd, counts_n.tolist() if counts_host is None else counts_host, recompute=recompute)
     impl = impl or default_impl(x_rd.device)
     if backend == "torch":
-        check_grouped_sizes(slab.hidden, slab.width, x_rd.element_size())
+        check_sizes("torch", slab.hidden, slab.width, x_rd.element_size())
         gemm: Gemm = TorchGemm.of(slab.spans, counts_n, x_rd.shape[0], counts_host, impl)
     else:
         gemm = LoopGemm.of(slab.spans, counts_n.tolist() if counts_host is None else counts_host)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from moue_dist.config import ConfigError
-from moue_dist.kernels.backend import check_te_sizes, default_impl
+from moue_dist.kernels.backend import default_impl
 from moue_dist.kernels.experts.swiglu import swiglu
+from moue_dist.kernels.sizes import check_sizes
 
 if TYPE_CHECKING:
     from moue_dist.kernels.experts.mlp import ExpertSlab
@@ -47,7 +48,7 @@ class TEExperts:
             raise ConfigError(
                 f"moe.experts=te needs Transformer Engine ({error}); install the extra 'gpu' or use moe.experts=torch"
             ) from None
-        check_te_sizes(slab.hidden, slab.width)
+        check_sizes("te", slab.hidden, slab.width, slab.weight.element_size())
         self.slab = slab
         self.checkpoint = te.checkpoint
         self.fc1 = _grouped_linear(te, slab, slab.w_in, slab.g_in)

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moue_dist.kernels.backend import ExpertBackend, Impl, check_grouped_sizes, default_impl
+from moue_dist.kernels.backend import ExpertBackend, Impl, default_impl
 from moue_dist.kernels.experts.grouped_gemm import Gemm, LoopGemm, TorchGemm
 from moue_dist.kernels.experts.mlp import ExpertSlab
 from moue_dist.kernels.experts.swiglu import swiglu_forward, swiglu_weighted_backward
+from moue_dist.kernels.sizes import check_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ def rows_of(
     """`rows`: the room of the buffers. `loop` waits for the counts, `torch` where no one range covers the experts."""
     impl = impl or default_impl(counts_n.device)
     if backend == "torch":
-        check_grouped_sizes(slab.hidden, slab.width, slab.weight.element_size())
+        check_sizes("torch", slab.hidden, slab.width, slab.weight.element_size())
         gemm: Gemm = TorchGemm.covering(slab.spans, slab.row_ids, counts_n, rows, impl)
     elif backend == "loop":
         gemm = LoopGemm.of(slab.spans, counts_n.tolist())

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from moue_dist.config import Config, refuse
 from moue_dist.config.devices import Device, fp8_recipes
+from moue_dist.kernels.sizes import check_sizes, sizes_fit
 
 
 class Resolved(NamedTuple):
@@ -121,14 +122,13 @@ def _fp8_recipe(config: Config, where: str, device: Device | None, te: bool) -> 
 
 
 def _experts(config: Config, where: str, te: bool) -> Literal["loop", "torch", "te"]:
-    """The same choice as `kernels.backend.resolve_experts`, known before torch is imported."""
     e, precision = config.moe, config.train.precision
     bytes_a_number = 4 if precision == "fp32" else 2
-    aligned = all(n * bytes_a_number % 16 == 0 for n in (config.model.hidden_size, e.expert_width))
+    sizes = config.model.hidden_size, e.expert_width, bytes_a_number
     if e.experts == "auto":
         if precision == "fp8":
             return "te"
-        return "torch" if where == "cuda" and precision == "bf16" and aligned else "loop"
+        return "torch" if where == "cuda" and precision == "bf16" and sizes_fit("torch", *sizes) else "loop"
     refuse(
         precision == "fp8" and e.experts != "te",
         f"moe.experts={e.experts} cannot compute in FP8; use moe.experts=te or train.precision=bf16",
@@ -146,9 +146,5 @@ def _experts(config: Config, where: str, te: bool) -> Literal["loop", "torch", "
         e.experts == "torch" and where == "cuda" and precision == "fp32",
         "moe.experts=torch computes in bf16 on a GPU; set train.precision=bf16 or moe.experts=loop",
     )
-    refuse(
-        e.experts == "torch" and not aligned,
-        f"moe.experts=torch needs model.hidden_size={config.model.hidden_size} and moe.expert_width={e.expert_width} "
-        f"in multiples of {16 // bytes_a_number}; change them or use moe.experts=loop",
-    )
+    check_sizes(e.experts, *sizes)
     return e.experts

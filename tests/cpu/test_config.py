@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -281,24 +280,39 @@ def test_auto_becomes_what_the_machine_has() -> None:
     assert validate(fp8, 1, **ON_H200)[:4] == ("cuda", True, "te", "blockwise")  # type: ignore[arg-type]
 
 
-def test_expert_choice_agrees_with_the_kernels() -> None:
-    """`validate` knows before torch is imported what `kernels.backend` would answer."""
-    from moue_dist.kernels.backend import resolve_experts
+@pytest.mark.parametrize(
+    ("words", "machine", "experts"),
+    [
+        ("", {"cuda": False}, "loop"),
+        ("--train.precision bf16", {"cuda": False}, "loop"),
+        ("", ON_H200, "loop"),
+        ("--train.precision bf16", ON_H200, "torch"),
+        ("--train.precision bf16 --moe.expert-width 68", ON_H200, "loop"),  # 136 bytes
+        ("--train.precision bf16 --model.hidden-size 132 --model.heads 1", ON_H200, "loop"),
+        ("--train.precision fp8 --moe.expert-width 128", ON_H200, "te"),
+        ("--moe.experts torch", {"cuda": False}, "torch"),
+        ("--moe.experts loop --train.precision bf16", ON_H200, "loop"),
+        ("--moe.experts te --train.precision bf16", ON_H200, "te"),
+    ],
+)
+def test_experts_are_computed_by(words: str, machine: dict, experts: str) -> None:
+    assert validate(load_config(None, words.split()), 1, **machine).experts == experts
 
-    cases = itertools.product(("auto", "loop", "torch"), ("cpu", "cuda"), ("fp32", "bf16"), (128, 130))
-    for option, device, precision, hidden in cases:
-        words = ["--moe.experts", option, "--train.precision", precision, "--model.hidden-size", str(hidden)]
-        config = load_config(None, [*words, "--model.heads", "1"])
-        answers: list[str] = []
-        for ask in (
-            lambda c: validate(c, 1, cuda=device == "cuda", device=H200).experts,  # noqa: B023
-            lambda c: resolve_experts(option, device=device, precision=precision, hidden=hidden, width=64),  # type: ignore[arg-type]  # noqa: B023
-        ):
-            try:
-                answers.append(ask(config))
-            except ConfigError:
-                answers.append("refused")
-        assert answers[0] == answers[1], (option, device, precision, hidden, answers)
+
+@pytest.mark.parametrize(
+    ("words", "machine", "part"),
+    [
+        ("--moe.experts torch", ON_H200, "train.precision=bf16"),
+        ("--moe.experts torch --moe.expert-width 66", {"cuda": False}, "multiples of 4"),
+        ("--moe.experts torch --moe.expert-width 68 --train.precision bf16", ON_H200, "multiples of 8"),
+        ("--moe.experts te --moe.expert-width 72 --train.precision bf16", ON_H200, "multiples of 16"),
+        ("--moe.experts te", ON_H200, "moe.experts=loop"),
+        ("--moe.experts te --train.precision bf16", {"cuda": True, "device": H200}, "extra 'gpu'"),
+    ],
+)
+def test_experts_that_cannot_compute_are_refused(words: str, machine: dict, part: str) -> None:
+    message = refusal(words, None, **machine)
+    assert part in message and "moe.experts=" in message
 
 
 # Devices

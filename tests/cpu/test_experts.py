@@ -15,7 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moue_dist.config import ConfigError
-from moue_dist.kernels.backend import has_transformer_engine, resolve_experts
+from moue_dist.kernels.backend import has_transformer_engine
 from moue_dist.kernels.experts.grouped_gemm import LoopGemm, accumulate
 from moue_dist.kernels.experts.mlp import ExpertSlab, expert_mlp
 from moue_dist.kernels.experts.swiglu import swiglu, swiglu_backward, swiglu_forward, swiglu_weighted_backward
@@ -233,29 +233,13 @@ def test_accumulate_skips_experts_without_rows():
     assert total.flatten().tolist() == [3, 1]
 
 
-def test_resolve_experts():
-    at = {"hidden": 64, "width": 32}
-    assert resolve_experts("auto", device="cpu", precision="fp32", **at) == "loop"
-    assert resolve_experts("auto", device="cuda", precision="bf16", **at) == "torch"
-    assert resolve_experts("auto", device="cuda", precision="bf16", hidden=60, width=32) == "loop"
-    assert resolve_experts("auto", device="cuda", precision="fp32", **at) == "loop"
-    for option, device, precision, hidden, word in (
-        ("auto", "cpu", "fp8", 64, "train.precision=fp8"),
-        ("torch", "cuda", "fp8", 64, "moe.experts=te"),
-        ("torch", "cuda", "fp32", 64, "train.precision=bf16"),
-        ("torch", "cuda", "bf16", 60, "multiples of 8"),
-        ("te", "cpu", "fp32", 64, "moe.experts=loop"),
-    ):
-        with pytest.raises(ConfigError, match=word):
-            resolve_experts(option, device=device, precision=precision, hidden=hidden, width=32)
+def test_sizes_that_the_grouped_gemm_does_not_take_are_refused():
     with pytest.raises(ConfigError, match="multiples of 4"):
         expert_mlp(torch.zeros(1, 6), torch.tensor([1]), make(((0, 1),), hidden=6), backend="torch")
 
 
 @pytest.mark.skipif(has_transformer_engine(), reason="Transformer Engine is installed: tests/gpu runs it")
 def test_te_without_transformer_engine_says_what_to_install():
-    with pytest.raises(ConfigError, match="extra 'gpu'"):
-        resolve_experts("auto", device="cuda", precision="fp8", hidden=64, width=32)
     with pytest.raises(ConfigError, match="extra 'gpu'"):
         expert_mlp(torch.zeros(1, 32), torch.tensor([1]), make(((0, 1),), hidden=32), backend="te")
 
