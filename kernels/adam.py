@@ -49,14 +49,16 @@ def adamw_step(
     """
     if not master.numel():
         return
+    rate, root = hyper.corrections
+    keep = 1 - hyper.lr * hyper.weight_decay
     if (impl or default_impl(master.device)) == "triton":
         from moue_dist.kernels import adam_triton
 
-        adam_triton.adamw_step(master, grad, exp_avg, exp_avg_sq, weight, hyper, clip)
+        betas = hyper.beta1, hyper.beta2
+        adam_triton.adamw_step(master, grad, exp_avg, exp_avg_sq, weight, clip, keep, rate, root, *betas, hyper.eps)
         return
-    rate, root = hyper.corrections
     g = grad if clip == 1.0 else grad * clip
-    master.mul_(1 - hyper.lr * hyper.weight_decay)
+    master.mul_(keep)
     exp_avg.lerp_(g, 1 - hyper.beta1)
     exp_avg_sq.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
     master.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / root).add_(hyper.eps), value=-rate)

@@ -9,20 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moue_dist.kernels.adam import Hyper
-
 BLOCK = 1024
 
 
 def adamw_step(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor, hyper: Hyper, clip: float
-) -> None:
-    """See `adam.adamw_step`."""
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor, clip: float, keep: float,
+    rate: float, root: float, beta1: float, beta2: float, eps: float,
+) -> None:  # fmt: skip
+    """See `adam.adamw_step`; `keep` is what weight decay leaves of a weight, `rate` and `root` are the corrections."""
     n = master.numel()
-    rate, root = hyper.corrections
     _adamw_step[(triton.cdiv(n, BLOCK),)](
-        master, grad, exp_avg, exp_avg_sq, weight, n, clip, 1 - hyper.lr * hyper.weight_decay, rate, 1 / root,
-        hyper.beta1, hyper.beta2, hyper.eps, weight.data_ptr() != master.data_ptr(), BLOCK,
+        master, grad, exp_avg, exp_avg_sq, weight, n, clip, keep, rate, 1 / root,
+        beta1, beta2, eps, weight.data_ptr() != master.data_ptr(), BLOCK,
     )  # fmt: skip
 
 

@@ -14,23 +14,21 @@ Whether a call computes in bf16 or in FP8, and by which recipe, is decided by th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moue_dist.config import ConfigError
 from moue_dist.kernels.backend import default_impl
+from moue_dist.kernels.experts.slab import PoolView
 from moue_dist.kernels.experts.swiglu import swiglu
 from moue_dist.kernels.sizes import check_sizes
-
-if TYPE_CHECKING:
-    from moue_dist.kernels.experts.mlp import ExpertSlab
 
 IDLE_ROWS = 32  # legal for every recipe
 
 
-def make_te_experts(slab: ExpertSlab) -> TEExperts:
+def make_te_experts(slab: PoolView) -> TEExperts:
     """Build the modules over `slab`'s weights and gradient buffer (aliases, no copy). Needs CUDA and bf16 weights.
 
     Raises ConfigError where Transformer Engine is missing or the sizes are not multiples of 16.
@@ -41,7 +39,7 @@ def make_te_experts(slab: ExpertSlab) -> TEExperts:
 class TEExperts:
     """Call with (x_rd, counts_host) -> y_rd. Not an nn.Module: the pool owns the parameters, nobody else lists them."""
 
-    def __init__(self, slab: ExpertSlab) -> None:
+    def __init__(self, slab: PoolView) -> None:
         try:
             import transformer_engine.pytorch as te
         except (ImportError, OSError, AssertionError, RuntimeError) as error:  # absent, half installed, no CUDA
@@ -88,7 +86,7 @@ class TEExperts:
         return swiglu(self.fc1(x_rd, splits, is_first_microbatch=None), self.impl)
 
 
-def _grouped_linear(te: Any, slab: ExpertSlab, w_noi: Tensor, g_noi: Tensor) -> nn.Module:
+def _grouped_linear(te: Any, slab: PoolView, w_noi: Tensor, g_noi: Tensor) -> nn.Module:
     _, out_features, in_features = w_noi.shape
     linear = te.GroupedLinear(
         slab.count,

@@ -22,7 +22,7 @@ from moue_dist.kernels.backend import Impl, default_impl
 
 if TYPE_CHECKING:
     from moue_dist.kernels.experts.grouped_gemm import Gemm
-    from moue_dist.kernels.experts.mlp import ExpertSlab
+    from moue_dist.kernels.experts.slab import PoolView
 
 
 def add_weight_gradients(
@@ -55,7 +55,7 @@ def add_weight_gradients(
 class _Waiting:
     """A layer's rows: w_in's gradient is dz^T x, w_out's is dy^T h."""
 
-    slab: ExpertSlab
+    slab: PoolView
     gemm: Gemm
     counts_n: Tensor  # of the slab's visible experts, in its spans' order
     dz_r2f: Tensor
@@ -84,7 +84,7 @@ class WeightGradients:
         self._waiting: list[_Waiting] = []
 
     def add(
-        self, slab: ExpertSlab, gemm: Gemm, counts_n: Tensor, dz_r2f: Tensor, x_rd: Tensor, dy_rd: Tensor, h_rf: Tensor
+        self, slab: PoolView, gemm: Gemm, counts_n: Tensor, dz_r2f: Tensor, x_rd: Tensor, dy_rd: Tensor, h_rf: Tensor
     ) -> None:
         """Take a layer's rows, sorted by expert in the order of the slab's spans; nobody may write to them any more."""
         self._waiting.append(_Waiting(slab, gemm, counts_n, dz_r2f, x_rd, dy_rd, h_rf))
@@ -122,7 +122,7 @@ def _add_together(waiting: Sequence[_Waiting]) -> None:
     add_weight_gradients(pool.g_in, dzs, xs, counts_gn, starts_gn, "triton")
 
 
-def _spread(slab: ExpertSlab, values_n: Tensor) -> Tensor:
+def _spread(slab: PoolView, values_n: Tensor) -> Tensor:
     """Numbers of the visible experts -> of all experts held here, 0 for the others."""
     if slab.spans == ((0, slab.weight.shape[0]),):
         return values_n
