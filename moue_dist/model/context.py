@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moue_dist.config import Config
 from moue_dist.config.topology import Topology
-from moue_dist.kernels.rows.permute import histogram
+from moue_dist.kernels.routing.choice import Auxiliary, Tally
 from moue_dist.model.balance import BalanceState, balance_weights
-from moue_dist.model.router import Routing, SharedRouter
+from moue_dist.model.router import SharedRouter
 from moue_dist.parallel.dispatch.exchange import ExpertExchange
 from moue_dist.parallel.pool.pool import ExpertPool
 
@@ -83,37 +83,20 @@ class MoEContext:
     def bias(self) -> Tensor | None:
         return self.balance.bias if self.config.balance.bias else None
 
-    def observe(self, layer: int, window: Tensor, routing: Routing) -> Tensor:
-        """Tally a routing and hang its auxiliary loss on the routing weights, which are returned.
+    def auxiliary(self, layer: int, tokens: int) -> Auxiliary | None:
+        """The loss of a layer's `tokens` on this rank, or None where gradients are not wanted.
 
-        Only where gradients are wanted: full recompute runs a layer twice, first without a graph, and evaluation
-        never counts. So every token is counted once.
+        Full recompute runs a layer twice, first without a graph, and evaluation never counts. So every token is
+        counted once.
         """
         if not torch.is_grad_enabled():
-            return routing.weights_tk
-        tokens = max(routing.scores_tw.shape[0] * self.token_shards, 1)
-        mean_score_w = routing.scores_tw.sum(0) / tokens
-        loss = (self.weights_lp[layer, window] * mean_score_w).sum()
-        z = routing.logits_tw.logsumexp(-1).square().sum() / tokens
-        if z_coefficient := self.config.balance.z_loss:
-            loss = loss + z_coefficient / self.topology.layers * z
-        with torch.no_grad():
-            ids = routing.ids_tk.flatten()
-            self.tallies.counts_lp[layer] += histogram(ids, self.topology.pool)
-            self.tallies.scores_lp[layer].index_add_(0, window, mean_score_w.double())
-            self.tallies.z_l[layer] += z.double()
-        weights: Tensor = _AttachLoss.apply(routing.weights_tk, loss, self.loss_scale)
-        return weights
+            return None
+        z = self.config.balance.z_loss / self.topology.layers
+        return Auxiliary(self.weights_lp[layer], z, self.loss_scale, max(tokens * self.token_shards, 1))
 
-
-class _AttachLoss(torch.autograd.Function):
-    """Identity on x; the loss gets the gradient `scale` when x's gradient arrives, so no second backward is needed."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.scale, ctx.like = scale, loss.detach()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return grad, torch.full_like(ctx.like, ctx.scale), None
+    def observe(self, layer: int, window: Tensor, tally: Tally | None) -> None:
+        """Add what a routing counted, if it was to count, to the step's statistics."""
+        if tally is not None:
+            self.tallies.counts_lp[layer].index_add_(0, window, tally.count_w)
+            self.tallies.scores_lp[layer].index_add_(0, window, tally.score_w)
+            self.tallies.z_l[layer] += tally.z

@@ -59,9 +59,10 @@ class MoELayer(MegatronModule):
 
         experts = self._experts
         begun = experts.begin(x_td)
-        routing = self.router(x_td, state_tr, context.shared_router, context.bias, experts.chosen_before())
-        weights_tk = context.observe(self.index, self.router.window, routing)
-        y_td = experts(x_td, routing.ids_tk, weights_tk, begun)
+        chosen, auxiliary = experts.chosen_before(), context.auxiliary(self.index, x_td.shape[0])
+        routing = self.router(x_td, state_tr, context.shared_router, context.bias, chosen, auxiliary)
+        context.observe(self.index, self.router.window, routing.tally)
+        y_td = experts(x_td, routing.ids_tk, routing.weights_tk, begun)
 
         y_sbd = y_td.view(hidden_sbd.shape)
         if self.shared_expert is not None:

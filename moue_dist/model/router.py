@@ -1,15 +1,15 @@
 """Routers: which experts a token goes to, and with what weight. docs/math.md has the formulas.
 
-One interface: hidden x [T, d] and the trajectory state [T, r] (or None) in; `Routing` out. Everything is computed in
-fp32 whatever the model's type. Per-layer weights live here; what all layers share (the key table, the state's
-transition, the recurrent cell) lives in `SharedRouter`, whose gradients are summed over pipeline stages.
+One interface: hidden x [T, d] and the trajectory state [T, r] (or None) in; `Routing` out. Sums are fp32 whatever the
+model's type; products, choice and balance are those of `kernels/routing`. Per-layer weights live here; what all layers
+share (the key table, the state's transition, the recurrent cell) lives in `SharedRouter`, whose gradients are summed
+over pipeline stages.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,49 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moue_dist.config import MoEConfig
+from moue_dist.kernels.routing.choice import Auxiliary, Choice, Rule, Tally, choose, route
+from moue_dist.kernels.routing.products import router_logits
 
 STATE_EPS = 1e-6
 
 
 class Routing(NamedTuple):
-    """A router's answer. `ids` are global expert ids; `scores` sum to 1 over the window, for the balance."""
+    """A router's answer. `ids` are global expert ids; the auxiliary loss hangs on the weights."""
 
     ids_tk: Tensor
     weights_tk: Tensor  # fp32
     state_tr: Tensor | None  # fp32
-    scores_tw: Tensor  # fp32, columns in the order of the window
-    logits_tw: Tensor  # fp32
-
-
-@dataclass(frozen=True)
-class RouterOptions:
-    """What choosing the top k needs to know, split off the configuration."""
-
-    top_k: int
-    topk_first: bool
-    renormalise: bool
-    scale: float
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Columns of the top k by score plus bias, of a random draw, or of ids chosen before."""
-
-    options: RouterOptions
-    force_balance: bool
-    bias_w: Tensor | None
-    window: Tensor
-    chosen_tk: Tensor | None
-
-    def __call__(self, basis_tw: Tensor) -> Tensor:
-        if self.chosen_tk is not None:
-            return torch.searchsorted(self.window, self.chosen_tk)
-        basis_tw = basis_tw.detach()
-        if self.force_balance:
-            basis_tw = torch.rand_like(basis_tw)
-        elif self.bias_w is not None:
-            basis_tw = basis_tw + self.bias_w
-        return basis_tw.topk(self.options.top_k, dim=-1).indices
+    tally: Tally | None  # what the balance needs to know; None without a loss
 
 
 class SharedRouter(nn.Module):
@@ -93,8 +63,16 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = moe.router
-        self.options = RouterOptions(moe.top_k, moe.score == "topk_softmax", moe.renormalise, moe.route_scale)
-        self.decay, self.force_balance = moe.state_decay, moe.force_balance
+        last = self.kind in ("norm", "universal")  # what else their weights are needed for comes before the scale
+        self.rule = Rule(
+            kind=moe.router if moe.router in ("sigmoid", "norm") else "softmax",
+            top_k=moe.top_k,
+            topk_first=moe.score == "topk_softmax",
+            renormalise=moe.renormalise,
+            scale=1.0 if last else moe.route_scale,
+            random=moe.force_balance,
+        )
+        self.decay, self.route_scale = moe.state_decay, moe.route_scale
         self.register_buffer("window", torch.tensor(window, dtype=torch.int64, device=device), persistent=False)
         r, w = moe.state_width, len(window)
 
@@ -119,64 +97,38 @@ class Router(nn.Module):
         shared: SharedRouter,
         bias_p: Tensor | None,
         chosen_tk: Tensor | None = None,
+        auxiliary: Auxiliary | None = None,
     ) -> Routing:
         """Route T tokens. `bias_p` [P] is the loss-free balance bias: it moves the choice, never the weights.
 
         `chosen_tk` are expert ids to take instead of choosing: what an earlier run of the same tokens chose.
+        `auxiliary` is the loss to hang on the weights, None where nothing is trained or counted.
         """
-        bias_w = None if bias_p is None else bias_p[self.window]
-        choose = _Choice(self.options, self.force_balance, bias_w, self.window, chosen_tk)
+        choice = Choice(self.rule, self.window, bias_p, chosen_tk, auxiliary)
         if self.kind == "universal":
-            return self._universal(x_td, state_tr, shared, choose)
+            return self._universal(x_td, state_tr, shared, choice)
         if self.kind == "recurrent":
-            hidden = _gru(_fp32_linear(x_td, self.input), state_tr, shared.w_ih, shared.w_hh)
-            routing = self._softmax(_fp32_linear(hidden, self.gate), choose)
-            return routing._replace(state_tr=hidden)
-        score = {"softmax": self._softmax, "sigmoid": self._sigmoid, "norm": self._norm}[self.kind]
-        return score(_fp32_linear(x_td, self.weight), choose)
+            hidden = _gru(router_logits(x_td, self.input), state_tr, shared.w_ih, shared.w_hh)
+            chosen = choose(F.linear(hidden, self.gate.float()), choice)
+            return Routing(chosen.ids_tk, chosen.weights_tk, hidden, chosen.tally)
+        chosen = route(x_td, self.weight, choice)
+        weights = chosen.weights_tk
+        if self.kind == "norm":
+            weights = self._scaled(weights * self.scale.float() * self.norm_constant)
+        return Routing(chosen.ids_tk, weights, None, chosen.tally)
 
-    def _universal(self, x_td: Tensor, state_tr: Tensor | None, shared: SharedRouter, choose: _Choice) -> Routing:
+    def _universal(self, x_td: Tensor, state_tr: Tensor | None, shared: SharedRouter, choice: Choice) -> Routing:
         assert state_tr is not None
-        query = _fp32_linear(x_td, self.query) + state_tr @ shared.transition.t()
+        query = router_logits(x_td, self.query) + state_tr @ shared.transition.t()
         keys = shared.keys[self.window]
-        routing = self._softmax(query @ keys.t() / math.sqrt(keys.shape[1]), choose)
-        chosen_tkr = shared.keys[routing.ids_tk]
-        moved = self.decay * state_tr + (routing.weights_tk[:, :, None] * chosen_tkr).sum(1)
+        chosen = choose(query @ keys.t() / math.sqrt(keys.shape[1]), choice)
+        chosen_tkr = shared.keys[chosen.ids_tk]
+        moved = self.decay * state_tr + (chosen.weights_tk[:, :, None] * chosen_tkr).sum(1)
         state = F.rms_norm(moved, moved.shape[-1:], eps=STATE_EPS)
-        return self._scaled(routing)._replace(state_tr=state)
+        return Routing(chosen.ids_tk, self._scaled(chosen.weights_tk), state, chosen.tally)
 
-    def _softmax(self, logits: Tensor, choose: _Choice) -> Routing:
-        scores = logits.softmax(-1)
-        basis = logits if self.options.topk_first else scores
-        columns = choose(basis)
-        weights = logits.gather(1, columns).softmax(-1) if self.options.topk_first else scores.gather(1, columns)
-        if self.options.renormalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        routing = Routing(self.window[columns], weights, None, scores, logits)
-        return routing if self.kind == "universal" else self._scaled(routing)
-
-    def _sigmoid(self, logits: Tensor, choose: _Choice) -> Routing:
-        raw = logits.sigmoid()
-        columns = choose(raw)
-        weights = raw.gather(1, columns)
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return self._scaled(Routing(self.window[columns], weights, None, raw / raw.sum(-1, keepdim=True), logits))
-
-    def _norm(self, logits: Tensor, choose: _Choice) -> Routing:
-        unit = logits / (logits.norm(dim=-1, keepdim=True) + 1e-6)
-        columns = choose(unit)
-        positive = unit.relu()
-        weights = positive.gather(1, columns) * self.scale.float() * self.norm_constant
-        scores = positive / (positive.sum(-1, keepdim=True) + 1e-6)
-        return self._scaled(Routing(self.window[columns], weights, None, scores, logits))
-
-    def _scaled(self, routing: Routing) -> Routing:
-        scale = self.options.scale
-        return routing if scale == 1.0 else routing._replace(weights_tk=routing.weights_tk * scale)
-
-
-def _fp32_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x.float(), weight.float())
+    def _scaled(self, weights_tk: Tensor) -> Tensor:
+        return weights_tk if self.route_scale == 1.0 else weights_tk * self.route_scale
 
 
 def _gru(x_tr: Tensor, state_tr: Tensor | None, w_ih: Tensor, w_hh: Tensor) -> Tensor:
