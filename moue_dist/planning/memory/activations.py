@@ -14,15 +14,16 @@ Kept for backward by one layer and microbatch:
                 4 t h / TP               log-sum-exp, or 2 h t s b / TP scores without Transformer Engine;
                                          neither with recompute=selective
     MoE         u d b                    input of the norm before the router
-                4 u d                    fp32 copy of the router's input (bf16, FP8)
-                4 u W c_r                c_r fp32 score tables, by router; universal and recurrent: states, chosen keys
+                u d b                    the router's input
+                4 u (W + 1)              its logits and their log-sum-exp, fp32; universal and recurrent: states and
+                                         chosen keys (on a CPU, or without Triton, more: softmax, scores, fp32 copies)
                 R d q                    rows as the experts received them
                 R 2f b                   pre-activations (not with recompute=selective)
                 R f q                    activations (only moe.experts=te; the others compute them again)
                 R d b                    the experts' outputs, for the gradient of the routing weights
                 60 R                     indices and routing weights
                 2 n 3 d f                FP8 copies of the visible experts' weights, both layouts (FP8 only)
-    shared      u d q + t/TP 3 e b       input, pre-activation and activation of the shared expert
+    shared      u d q + t/TP 3 e b       copy of the input (FP8; else the router's), pre-activation, activation
     dense FFN   u d (b + q) + t 3 F b/TP likewise
 Waiting: moe.merge_wgrad = m layers' rows, their gradients and activations, R (2d + 3f) b each, until their weight
 gradients are added; those of m - 1 layers beyond what the layers have freed by then.
@@ -42,7 +43,6 @@ from moue_dist.planning.memory.sizes import Share, number_bytes, tokens_of, visi
 from moue_dist.refusals.machine import Resolved
 
 INDEX_BYTES = 60  # of one row: six int64 permutations and three fp32 weights
-SCORE_TABLES = {"softmax": 1, "sigmoid": 3, "norm": 4, "universal": 1, "recurrent": 1}  # fp32 [u, W] kept by a router
 
 
 def layer_activations(config: Config, mesh: Mesh, layer: int, share: Share, resolved: Resolved) -> int:
@@ -60,8 +60,7 @@ def layer_activations(config: Config, mesh: Mesh, layer: int, share: Share, reso
     if layer < m.dense_layers:
         return kept + u * d * (b + q) + u * 3 * dense_ffn_width(config) * b
     rows, f, r, window = u * e.top_k, e.expert_width, e.state_width, config.topology().window
-    kept += u * d * b + (4 * u * d if b == 2 else 0)
-    kept += 4 * u * window * (SCORE_TABLES[e.router] + (1 if config.balance.z_loss else 0))
+    kept += 2 * u * d * b + 4 * u * (window + 1)
     kept += {"universal": 4 * u * r * (4 + e.top_k), "recurrent": 4 * u * r * 14}.get(e.router, 0)
     kept += rows * INDEX_BYTES
     if lock_step_lag(config) is None:
@@ -71,7 +70,7 @@ def layer_activations(config: Config, mesh: Mesh, layer: int, share: Share, reso
     if config.train.precision == "fp8":
         kept += 2 * visible_experts(config, mesh) * LayerParameters.of(config).expert
     if e.shared_expert_width:
-        kept += u * d * q + u * 3 * e.shared_expert_width * b
+        kept += (u * d * q if q < b else 0) + u * 3 * e.shared_expert_width * b
     return kept
 
 
