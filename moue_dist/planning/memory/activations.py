@@ -17,16 +17,20 @@ Kept for backward by one layer and microbatch:
                 u d b                    the router's input
                 4 u (W + 1)              its logits and their log-sum-exp, fp32; universal and recurrent: states and
                                          chosen keys (on a CPU, or without Triton, more: softmax, scores, fp32 copies)
-                R d q                    rows as the experts received them
-                R 2f b                   pre-activations (not with recompute=selective)
+      gathered  C 2f b                   pre-activations (not with recompute=selective); C = moe.headroom R rows with
+                                         room, R with one expert rank
+                E u d b                  the tokens of all E expert ranks (with one: the router's input)
+                8 C + 4 E R              rows' tokens and weights, their places
+      all to    R d q                    rows as the experts received them
+      all       R 2f b                   pre-activations (not with recompute=selective)
                 R f q                    activations (only moe.experts=te; the others compute them again)
                 R d b                    the experts' outputs, for the gradient of the routing weights
-                60 R                     indices and routing weights
+                60 R                     indices and routing weights (in lock step, too)
                 2 n 3 d f                FP8 copies of the visible experts' weights, both layouts (FP8 only)
     shared      u d q + t/TP 3 e b       copy of the input (FP8; else the router's), pre-activation, activation
     dense FFN   u d (b + q) + t 3 F b/TP likewise
-Waiting: moe.merge_wgrad = m layers' rows, their gradients and activations, R (2d + 3f) b each, until their weight
-gradients are added; those of m - 1 layers beyond what the layers have freed by then.
+Waiting: moe.merge_wgrad = m layers' rows, their gradients and activations, R (2d + 3f) b each (gathered: C), until
+their weight gradients are added; those of m - 1 layers beyond what the layers have freed by then.
 With recompute=full a layer keeps its input u d b and state 4 u r, and its own backward has the rest once.
 
 In lock step (parallel.placement=home or hybrid) a layer keeps no rows, pre-activations, activations or outputs of
@@ -35,10 +39,11 @@ experts: their owner keeps rows (`in_flight.py`).
 
 from __future__ import annotations
 
+import math
+
 from moue_dist.config import Config
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.planning.flops import LayerParameters, dense_ffn_width
-from moue_dist.planning.memory.in_flight import lock_step_lag
 from moue_dist.planning.memory.sizes import Share, number_bytes, tokens_of, visible_experts
 from moue_dist.refusals.machine import Resolved
 
@@ -62,8 +67,13 @@ def layer_activations(config: Config, mesh: Mesh, layer: int, share: Share, reso
     rows, f, r, window = u * e.top_k, e.expert_width, e.state_width, config.topology().window
     kept += 2 * u * d * b + 4 * u * (window + 1)
     kept += {"universal": 4 * u * r * (4 + e.top_k), "recurrent": 4 * u * r * 14}.get(e.router, 0)
-    kept += rows * INDEX_BYTES
-    if lock_step_lag(config) is None:
+    if resolved.dispatch == "gathered":
+        room, ranks = rows_with_room(config, mesh, resolved), mesh.expert
+        kept += 8 * room + 4 * ranks * rows + (ranks * u * d * b if ranks > 1 else 0)
+        kept += 0 if config.parallel.recompute == "selective" else room * 2 * f * b
+    else:
+        kept += rows * INDEX_BYTES
+    if resolved.dispatch == "all_to_all":
         kept += rows * (d * q + d * b)
         kept += 0 if config.parallel.recompute == "selective" else rows * 2 * f * b
         kept += rows * f * q if resolved.experts == "te" else 0
@@ -72,6 +82,14 @@ def layer_activations(config: Config, mesh: Mesh, layer: int, share: Share, reso
     if e.shared_expert_width:
         kept += (u * d * q if q < b else 0) + u * 3 * e.shared_expert_width * b
     return kept
+
+
+def rows_with_room(config: Config, mesh: Mesh, resolved: Resolved) -> int:
+    """Rows of a microbatch and layer for which this rank's buffers have room."""
+    rows = tokens_of(config) // mesh.tensor * config.moe.top_k
+    if resolved.dispatch != "gathered" or mesh.expert == 1:
+        return rows
+    return min(math.ceil(rows * config.moe.headroom), rows * mesh.expert)
 
 
 def kept_of_layers(config: Config, mesh: Mesh, layers: dict[int, int]) -> dict[int, int]:
@@ -93,11 +111,13 @@ def workspace_of(config: Config, mesh: Mesh, layer: int, share: Share, resolved:
     d = config.model.hidden_size
     if layer < config.model.dense_layers:
         return u * (3 * dense_ffn_width(config) + d) * b
-    rows, f = u * e.top_k, e.expert_width
+    rows, f = rows_with_room(config, mesh, resolved), e.expert_width
     grouped = resolved.experts == "torch" and resolved.device == "cpu"
     weight_gradient = 2 * f * d * b * (visible_experts(config, mesh) if grouped else 1)
     recomputed = rows * 2 * f * b if config.parallel.recompute == "selective" else 0
     exchanged = rows * d * b if mesh.expert > 1 else 0
+    if resolved.dispatch == "gathered":  # rows again, and the gradients of all ranks' tokens, out and in
+        exchanged = rows * d * b + (2 * mesh.expert * u * d * b if mesh.expert > 1 else 0)
     return rows * 4 * f * b + max(rows * d * b, weight_gradient) + recomputed + exchanged
 
 
@@ -117,7 +137,9 @@ def round_workspace(config: Config, mesh: Mesh, met: int, *, forward: bool) -> i
     return backward + (sent * 2 * d * b + met * (4 * d + 3 * e.expert_width) * b if forward else 0)
 
 
-def waiting_rows(config: Config, kept: dict[int, int], a_round: int, share: Share, resolved: Resolved) -> int:
+def waiting_rows(
+    config: Config, mesh: Mesh, kept: dict[int, int], a_round: int, share: Share, resolved: Resolved
+) -> int:
     """Bytes of rows whose weight gradients wait for those of other layers, at the peak.
 
     Layers free what they kept as their rows begin to wait. What is left over at the end of a microbatch, where the
@@ -128,7 +150,7 @@ def waiting_rows(config: Config, kept: dict[int, int], a_round: int, share: Shar
     more = resolved.merge_wgrad - 1
     if not more or not layers:
         return 0
-    rows = a_round or tokens_of(config) // config.parallel.tensor_parallel * e.top_k
+    rows = a_round or rows_with_room(config, mesh, resolved)
     each = rows * (2 * d + 3 * e.expert_width) * b
     freed = 0 if len(layers) % resolved.merge_wgrad else kept[layers[-1]] + (rows * d * b if a_round else 0)
     return more * max(each - freed, 0)

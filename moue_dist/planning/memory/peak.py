@@ -53,7 +53,7 @@ def rank_bytes(
     workspace = max((workspace_of(config, mesh, layer, share, resolved) for layer in share.layers), default=0)
     if lock_step_lag(config) is not None:
         workspace = max(workspace, round_workspace(config, mesh, a_round, forward=together))
-    waiting = waiting_rows(config, kept, a_round, share, resolved)
+    waiting = waiting_rows(config, mesh, kept, a_round, share, resolved)
     if config.parallel.recompute == "full":
         workspace += max(layers.values(), default=0)
     return {
