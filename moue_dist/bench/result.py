@@ -2,7 +2,7 @@
 
 The file is {"runs": [run, ...]}. A run has `command`, `commit`, `date`, `machine`, `versions`, `config`, `world`, and
 a `parts` entry for each thing measured, `ours` and `baseline`: either its numbers or {"error": one line}. `ratio` is
-ours / baseline in tokens per second and GPU, null unless both were measured.
+ours / baseline in tokens per second and GPU (or CPU rank), null unless both were measured.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from moue_dist.bench.options import BenchOptions
 from moue_dist.config import Config, ConfigError
+from moue_dist.config.devices import rank_word
 from moue_dist.measuring.metrics import StepMeter
 from moue_dist.planning.flops import flops_per_token
 
@@ -110,7 +111,7 @@ def tell(run: Mapping[str, Any], options: BenchOptions) -> None:
 
 def show(run: Mapping[str, Any], console: Console) -> None:
     """The run as a table, a row for each part; what its columns are stands below it."""
-    parts = run["parts"]
+    parts, per = run["parts"], rank_word("cuda" if "gpu" in run["machine"] else "cpu")
     alone = f"rank {run['rank']} of {run['world']}, alone on" if "rank" in run else f"{run['world']} x"
     title = f"{run['config']['name']}: {alone} {run['machine'].get('gpu', 'CPU rank')}"
     table = Table(title=title, title_justify="left", header_style="bold")
@@ -134,11 +135,11 @@ def show(run: Mapping[str, Any], console: Console) -> None:
             f"{part['losses'][-1]:.4f}",
         )
     console.print(table)
-    console.print("per GPU; GiB: allocated on the fullest rank, and planned; load: max/mean, worst layer")
+    console.print(f"per {per}; GiB: allocated on the fullest rank, and planned; load: max/mean, worst layer")
     if any(name in parts for name in PLACEMENTS):
         _show_pool({name: parts[name] for name in PLACEMENTS if "step_ms" in parts.get(name, {})}, console)
     if run["ratio"] is not None:
-        console.print(f"ours / baseline: [bold]{run['ratio']:.3f}[/bold] in tokens/s/GPU")
+        console.print(f"ours / baseline: [bold]{run['ratio']:.3f}[/bold] in tokens/s/{per}")
 
 
 def _show_pool(parts: Mapping[str, Mapping[str, Any]], console: Console) -> None:

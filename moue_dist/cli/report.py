@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moue_dist.config import ConfigError
+
+if TYPE_CHECKING:
+    from moue_dist.report.scaling import Row
 
 ABOUT = """\
 Write a report as one HTML file that needs nothing else: no network, no JavaScript.
@@ -15,9 +19,10 @@ Write a report as one HTML file that needs nothing else: no network, no JavaScri
 With one run folder: its report (loss, expert use per layer and over the pool, balance, step time), by default
 report.html inside that folder. A run that is still going, or was killed, can be reported too.
 
-With several: a table and plots of scaling efficiency. The run on the fewest GPUs is the baseline; efficiency is
-tokens/s/GPU over the baseline's (weak scaling: keep the sequences per GPU the same). The table is also printed and
-written as CSV beside the page. Rates are medians without the first tenth of the steps, at least two.
+With several: a table and plots of scaling efficiency. The run on the fewest ranks is the baseline; efficiency is
+tokens/s of a rank over the baseline's (weak scaling: keep the sequences of a rank the same). A rank is one GPU, or one
+process on a CPU. The table is also printed and written as CSV beside the page. Rates are medians without the first
+tenth of the steps, at least two.
 """
 EXAMPLES = """\
 examples:
@@ -81,24 +86,24 @@ def _report(folders: Sequence[Path], output: Path | None, timeline: Path | None)
 
     output = output or Path("scaling.html")
     rows, warnings = write_scaling_report(folders, output)
-    _print_table([row.cells() for row in rows], warnings)
+    _print_table(rows, warnings)
     print(output)
     print(output.with_suffix(".csv"))
     return 0
 
 
-def _print_table(rows: Sequence[Sequence[str]], warnings: Sequence[str]) -> None:
+def _print_table(rows: Sequence[Row], warnings: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from moue_dist.report.scaling import HEADER, WORDS
+    from moue_dist.report.scaling import WORDS, header, word_of
 
     table = Table(title="Scaling efficiency", title_justify="left", title_style="bold")
-    for i, name in enumerate(HEADER):
+    for i, name in enumerate(header(word_of(rows))):
         table.add_column(name, justify="left" if i < WORDS else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, row.cells()))
     # A file or a pipe has no width of its own: give the table the room that it needs.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)

@@ -78,6 +78,11 @@ def known_devices() -> tuple[str, ...]:
     return tuple(key for key, _ in _TABLE)
 
 
+def rank_word(device: str) -> str:
+    """What a report calls one rank of a run on this type of device: 'GPU' for 'cuda', else 'rank'."""
+    return "GPU" if device == "cuda" else "rank"
+
+
 def fp8_recipes(capability: tuple[int, int]) -> tuple[str, ...]:
     """Transformer Engine's FP8 recipes that a compute capability computes natively, the preferred first; () for none.
 

@@ -15,8 +15,8 @@ class ProgressBar:
     """Rank 0's progress; `enabled=False` makes every call do nothing.
 
     On a terminal: a tqdm bar with loss, tokens/s/GPU and the time left; other lines scroll above it. Elsewhere (a Slurm
-    log, a pipe): the first step, the last, and one line per `seconds_between_lines`. Use it in a `with` block: the bar
-    is closed on an exception, too, and the traceback starts on a line of its own.
+    log, a pipe): the first step, the last, and one line per `seconds_between_lines`. `per`: what one rank is called.
+    Use it in a `with` block: the bar is closed on an exception, too, and the traceback starts on a line of its own.
     """
 
     def __init__(
@@ -25,11 +25,12 @@ class ProgressBar:
         start_step: int = 0,
         *,
         enabled: bool = True,
+        per: str = "GPU",
         stream: TextIO | None = None,
         seconds_between_lines: float = 10.0,
     ) -> None:
         self.total, self.start, self.done = total_steps, start_step, start_step
-        self._enabled = enabled
+        self._enabled, self._per = enabled, per
         self._stream = stream or sys.stderr
         self._between = seconds_between_lines
         self._last_line: float | None = None
@@ -47,7 +48,7 @@ class ProgressBar:
         if not self._enabled:
             return
         advance, self.done = step - self.done, step
-        rate = f"{tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
+        rate = f"{tokens_per_s_per_gpu:,.0f} tokens/s/{self._per}"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate}", refresh=False)
             self._bar.update(advance)

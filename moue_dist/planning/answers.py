@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from moue_dist.config.devices import rank_word
 from moue_dist.planning.flops import Flops, Parameters
 from moue_dist.planning.pool import PoolPlan
 
@@ -35,7 +36,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A dry run's answers. Bytes are per GPU; FLOPs per token, forward and backward."""
+    """A dry run's answers. Bytes are per rank (a GPU, or a CPU process); FLOPs per token, forward and backward."""
 
     name: str
     grid: dict[str, int]
@@ -52,6 +53,11 @@ class Plan:
     def worst(self) -> StagePlan:
         """The stage whose ranks need most memory."""
         return max(self.stages, key=lambda s: s.total_bytes)
+
+    @property
+    def per(self) -> str:
+        """What one rank is called: 'GPU', or on a CPU 'rank'."""
+        return rank_word(self.derived["device"])
 
     @property
     def fits(self) -> bool:

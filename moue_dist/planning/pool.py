@@ -19,7 +19,7 @@ from moue_dist.refusals.placement import check_placement
 
 @dataclass(frozen=True)
 class Choice:
-    """One placement of the comparison. `pool_bytes` are the fullest GPU's, `across_bytes` all GPUs' in a step."""
+    """One placement of the comparison. `pool_bytes` are the fullest rank's, `across_bytes` all ranks' in a step."""
 
     placement: str
     budget_gib: float
@@ -30,7 +30,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """The chosen placement's traffic in one step of all `world` GPUs, and the comparison."""
+    """The chosen placement's traffic in one step of all `world` ranks, and the comparison."""
 
     placement: str
     world: int
@@ -73,7 +73,7 @@ def expected_traffic(config: Config, mesh: Mesh, placement: Placement, use: Floa
 
 
 def pool_bytes(config: Config, mesh: Mesh, placement: Placement) -> int:
-    """Weights, gradients and optimizer state of the pool on the fullest GPU."""
+    """Weights, gradients and optimizer state of the pool on the fullest rank."""
     parts = cell_bytes(placement, expert_bytes(config), mesh.expert_data)
     return int((parts["weights"] + parts["gradients"] + parts["optimizer"]).max())
 

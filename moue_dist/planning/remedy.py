@@ -55,7 +55,8 @@ def cheapest_change(config: Config, world: int, device: Device, plan: Plan, plan
         more = f" on {change.world} processes" if change.world > world else ""
         return (
             f"the cheapest change that fits is {' and '.join(change.words)}{more}: "
-            f"{(then.worst.total_bytes + RESERVE) / GIB:.1f} GiB, and about {slower:.2f} x the GPU time of a step"
+            f"{(then.worst.total_bytes + RESERVE) / GIB:.1f} GiB, "
+            f"and about {slower:.2f} x the {plan.per} time of a step"
         )
     return "no change that was tried makes it fit: use a larger parallel.pipeline_parallel or a smaller model"
 

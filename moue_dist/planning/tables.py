@@ -66,7 +66,8 @@ def render(plan: Plan, console: Console) -> None:
     needs.add_section()
     needs.add_row("allocated", f"{worst.total_bytes / GIB:.3f}")
     needs.add_row("reserve (context, NCCL, fragmentation)", f"{RESERVE / GIB:.3f}")
-    needs.add_row(f"{plan.device} has", f"{plan.memory_gib:.3f}")
+    limit = f"{plan.device} has" if plan.per == "GPU" else f"held against one {plan.device}"
+    needs.add_row(limit, f"{plan.memory_gib:.3f}")
     console.print(needs)
 
     shown = {  # in two lines, so that the table fits into 80 columns
@@ -76,13 +77,14 @@ def render(plan: Plan, console: Console) -> None:
         "activ-\nations": "activations",
         "rows\nkept": "rows kept for other ranks",
     }
-    by_stage = table("GiB of a GPU by stage (its fullest rank)", "stage", "in\nflight", *shown, "all", "on\nhost")
+    title = f"GiB of a {plan.per} by stage (its fullest rank)"
+    by_stage = table(title, "stage", "in\nflight", *shown, "all", "on\nhost")
     for s in plan.stages:
         sizes = [*(s.memory_bytes[part] for part in shown.values()), s.total_bytes, s.host_bytes]
         gib = [size / GIB for size in sizes]
         by_stage.add_row(str(s.stage), str(s.microbatches_in_flight), *(f"{x:.{2 if x >= 10 else 3}f}" for x in gib))
     console.print(by_stage)
-    _render_pool(plan.pool, console)
+    _render_pool(plan.pool, console, plan.per)
     console.print("[green]fits[/green]" if plan.fits else f"[red]does not fit[/red]: {plan.misfit}")
 
 
@@ -90,13 +92,13 @@ def _grouped(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _render_pool(plan: PoolPlan, console: Console) -> None:
-    """Print the traffic table and the comparison."""
+def _render_pool(plan: PoolPlan, console: Console, per: str) -> None:
+    """Print the traffic table and the comparison. per: what one rank is called."""
     console.print(f"\n[bold]pool traffic of a step, placement {plan.placement}[/bold]")
     table = Table(header_style="bold")
     table.add_column("what")
-    table.add_column("all GPUs, GiB", justify="right")
-    table.add_column("a GPU, GiB", justify="right")
+    table.add_column(f"all {per}s, GiB", justify="right")
+    table.add_column(f"a {per}, GiB", justify="right")
     t = plan.traffic
     for name, value in (
         ("dispatch across stages", t.across),
@@ -111,7 +113,7 @@ def _render_pool(plan: PoolPlan, console: Console) -> None:
         f"busiest cell {t.busiest:.2f} x the mean; {plan.replica_groups} set(s) of holders"
     )
     if plan.choices:
-        console.print(f"placements (GiB of pool a GPU, GiB across stages a step): {_choices(plan)}")
+        console.print(f"placements (GiB of pool a {per}, GiB across stages a step): {_choices(plan)}")
 
 
 def _choices(plan: PoolPlan) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from moue_dist.config import ConfigError
+from moue_dist.config.devices import rank_word
 from moue_dist.config.load import load_config
 from moue_dist.measuring.measured_use import measured_use
 from moue_dist.measuring.run_folder import Run, number, read_run
@@ -91,9 +92,10 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     else:
         cards.append(("Validation loss", "–", "no validation in this run"))
     rate = run.steady_median("tokens_per_s_per_gpu")
-    cards.append(("Tokens/s/GPU", show(rate), "median of steady steps" + ("; CPU ranks" if _on_cpu(run) else "")))
+    per = _word(run)
+    cards.append((f"Tokens/s/{per}", show(rate), "median of steady steps" + ("; CPU ranks" if per == "rank" else "")))
     flops = run.steady_median("tflops_per_gpu")
-    cards.append(("TFLOP/s/GPU", show(flops), "model FLOPs, median"))
+    cards.append((f"TFLOP/s/{per}", show(flops), "model FLOPs, median"))
     mfu = run.steady_median("mfu")
     notes = [str(line["mfu_note"]) for line in run.train if line.get("mfu_note")]
     why = notes[-1] if notes else "not recorded"
@@ -126,7 +128,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     tokens = number(last, "tokens")
     rows.append(("Tokens trained on", f"{tokens:,.0f}" if math.isfinite(tokens) else ""))
     memory = peak_memory(run)
-    rows.append(("Peak memory", show(memory, 3, " GiB per GPU") if math.isfinite(memory) else ""))
+    rows.append(("Peak memory", show(memory, 3, f" GiB per {_word(run)}") if math.isfinite(memory) else ""))
     joules = run.steady_median("joules_per_token")
     rows.append(("Energy", show(joules, 3, " joules per token") if math.isfinite(joules) else ""))
     aux = last.get("aux")
@@ -217,8 +219,12 @@ def _pool(run: Run) -> str:
     return text + (f", stride {o('moe.stride')}" if o("moe.topology") == "rotational" else "")
 
 
-def _on_cpu(run: Run) -> bool:
+def on_cpu(run: Run) -> bool:
     return run.option("train.device") == "cpu" or "cpu" in run.device.lower()
+
+
+def _word(run: Run) -> str:
+    return rank_word("cpu" if on_cpu(run) else "cuda")
 
 
 def _lead(run: Run) -> str:

@@ -2,7 +2,8 @@
 
 Weak scaling: a run's efficiency is its tokens/s/GPU over that of the baseline, the run on the fewest GPUs (of several
 such runs the fastest, so that nothing is flattered). Speed-up is the ratio of total tokens/s, whose ideal is the ratio
-of GPUs. All rates are medians over steady steps: without the first tenth of a run's steps, at least two.
+of GPUs. All rates are medians over steady steps: without the first tenth of a run's steps, at least two. Where a run
+was on a CPU, the page counts in ranks; names in files stay.
 """
 
 from __future__ import annotations
@@ -16,19 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moue_dist.config import ConfigError
+from moue_dist.config.devices import rank_word
 from moue_dist.measuring.run_folder import Run, read_run
 from moue_dist.report import figures, html
 from moue_dist.report.html import Picture, share, show
-from moue_dist.report.run_report import grid, peak_memory, write_text
+from moue_dist.report.run_report import grid, on_cpu, peak_memory, write_text
 from moue_dist.report.style import BLUE, ORANGE, SOFT, legend, new_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HEADER = (
-    "Run", "Grid", "GPUs", "Tokens/s/GPU", "Efficiency", "Speed-up", "TFLOP/s/GPU", "MFU", "Peak GiB",
-    "Imbalance layer / pool", "J/token",
-)  # fmt: skip
+CPU = "CPU"  # as a row's device
 WORDS = 2  # leading columns that are words
 
 
@@ -51,14 +50,28 @@ class Row:
     joules_per_token: float
     steady_steps: int
     folder: str
+    device: str
 
     def cells(self) -> list[str]:
-        """The row as shown, in the order of HEADER."""
+        """The row as shown, in the order of `header`."""
         return [
             self.name, self.grid, str(self.gpus), show(self.tokens_per_s_per_gpu, 4), share(self.efficiency),
             show(self.speedup, 3, "×"), show(self.tflops_per_gpu), share(self.mfu), show(self.peak_memory_gib),
             f"{show(self.layer_max_over_mean)} / {show(self.pool_max_over_mean)}", show(self.joules_per_token),
         ]  # fmt: skip
+
+
+def word_of(rows: Sequence[Row]) -> str:
+    """What these runs' ranks are called: 'GPU', or 'rank' where one of the runs was on a CPU."""
+    return rank_word("cpu" if any(row.device == CPU for row in rows) else "cuda")
+
+
+def header(per: str) -> tuple[str, ...]:
+    """The table's columns, where one rank is called `per`."""
+    return (
+        "Run", "Grid", f"{per[0].upper()}{per[1:]}s", f"Tokens/s/{per}", "Efficiency", "Speed-up", f"TFLOP/s/{per}",
+        "MFU", "Peak GiB", "Imbalance layer / pool", "J/token",
+    )  # fmt: skip
 
 
 def measure(runs: Sequence[Run]) -> list[Row]:
@@ -68,9 +81,9 @@ def measure(runs: Sequence[Run]) -> list[Row]:
         if not run.train:
             raise ConfigError(f"{run.folder} has no finished step; let the run train a few steps, or leave it out")
         if not rate > 0:
-            raise ConfigError(f"{run.folder} recorded no tokens/s/GPU; leave it out")
+            raise ConfigError(f"{run.folder} recorded no tokens/s; leave it out")
         if run.world_size is None:
-            raise ConfigError(f"{run.folder}/run.json does not say world_size, the number of GPUs; leave it out")
+            raise ConfigError(f"{run.folder}/run.json does not say world_size, the number of ranks; leave it out")
     sizes = [run.world_size or 0 for run in runs]
     order = sorted(range(len(runs)), key=lambda i: (sizes[i], -rates[i]))
     base = order[0]
@@ -94,6 +107,7 @@ def measure(runs: Sequence[Run]) -> list[Row]:
                 joules_per_token=run.steady_median("joules_per_token"),
                 steady_steps=len(run.steady()),
                 folder=str(run.folder),
+                device=CPU if on_cpu(run) else run.device,
             )
         )
     return rows
@@ -116,8 +130,9 @@ def differences(runs: Sequence[Run]) -> list[str]:
         found.append("Different devices: " + _told([(run.device, run.name) for run in runs]) + ".")
     batches = [run.option("train.global_batch_size") / (run.world_size or 1) for run in runs]
     if len(set(batches)) > 1:
+        per = rank_word("cpu" if any(map(on_cpu, runs)) else "cuda")
         told = _told([(f"{batch:g}", run.name) for batch, run in zip(batches, runs, strict=True)])
-        found.append(f"Not weak scaling: sequences per GPU and step are {told}.")
+        found.append(f"Not weak scaling: sequences per {per} and step are {told}.")
     return found
 
 
@@ -144,19 +159,19 @@ def plot(rows: Sequence[Row]) -> list[Picture]:
     """Efficiency and total throughput against GPUs, each with its ideal line."""
     best = {row.gpus: row for row in sorted(rows, key=lambda row: row.tokens_per_s_per_gpu)}
     line = [best[gpus] for gpus in sorted(best)]
-    gpus, base = [row.gpus for row in rows], line[0]
+    gpus, base, per = [row.gpus for row in rows], line[0], word_of(rows)
     figure = new_figure(*figures.SIZE)
     axes = figure.add_subplot()
     axes.axhline(100, color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)), label="ideal")
     axes.plot([row.gpus for row in line], [100 * row.efficiency for row in line], color=BLUE, linewidth=1.6)
     axes.plot(gpus, [100 * row.efficiency for row in rows], color=BLUE, marker="o", linestyle="none", label="runs")
-    _gpu_axis(axes, gpus, "efficiency, per cent")
+    _rank_axis(axes, gpus, f"{per}s", "efficiency, per cent")
     axes.set_ylim(0, max(110.0, 105 * max(row.efficiency for row in rows)))
     told = ", ".join(f"{row.name} on {row.gpus}: {share(row.efficiency)}" for row in rows)
     efficiency = figures.picture(
         "Efficiency",
-        f"Tokens/s/GPU over that of {base.name} on {html.count(base.gpus, 'GPU')}. Ideal is 100%.",
-        f"Scaling efficiency against GPUs: {told}.",
+        f"Tokens/s/{per} over that of {base.name} on {html.count(base.gpus, per)}. Ideal is 100%.",
+        f"Scaling efficiency against {per}s: {told}.",
         figure,
     )
     figure = new_figure(*figures.SIZE)
@@ -165,18 +180,20 @@ def plot(rows: Sequence[Row]) -> list[Picture]:
     axes.plot([line[0].gpus, line[-1].gpus], ideal, color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)), label="ideal")
     axes.plot([row.gpus for row in line], [row.tokens_per_s for row in line], color=ORANGE, linewidth=1.6)
     axes.plot(gpus, [row.tokens_per_s for row in rows], color=ORANGE, marker="o", linestyle="none", label="runs")
-    _gpu_axis(axes, gpus, "tokens/s in all")
+    _rank_axis(axes, gpus, f"{per}s", "tokens/s in all")
     if min(row.tokens_per_s for row in rows) > 0:
         figures.log_scale(axes)
     told = ", ".join(f"{row.name} on {row.gpus}: {show(row.tokens_per_s)} tokens/s" for row in rows)
-    caption = "Tokens per second of all GPUs together. The dashed line is the smallest run times its number of GPUs."
-    throughput = figures.picture("Throughput", caption, f"Throughput against GPUs: {told}.", figure)
+    caption = (
+        f"Tokens per second of all {per}s together. The dashed line is the smallest run times its number of {per}s."
+    )
+    throughput = figures.picture("Throughput", caption, f"Throughput against {per}s: {told}.", figure)
     return [efficiency, throughput]
 
 
-def _gpu_axis(axes: Axes, gpus: Sequence[int], ylabel: str) -> None:
-    """GPUs in powers of two: a log axis with each run's number on it."""
-    style_axes(axes, "GPUs", ylabel)
+def _rank_axis(axes: Axes, gpus: Sequence[int], xlabel: str, ylabel: str) -> None:
+    """GPUs or ranks in powers of two: a log axis with each run's number on it."""
+    style_axes(axes, xlabel, ylabel)
     axes.set_xscale("log", base=2)
     ticks = sorted(set(gpus))
     axes.set_xticks(ticks, [str(n) for n in ticks])
@@ -187,17 +204,17 @@ def _gpu_axis(axes: Axes, gpus: Sequence[int], ylabel: str) -> None:
 
 def render_scaling(rows: Sequence[Row], warnings: Sequence[str]) -> str:
     """The page, as HTML text."""
-    base = rows[0]
+    base, per = rows[0], word_of(rows)
     caption = (
-        f"Efficiency: tokens/s/GPU over that of {base.name}. Speed-up: total tokens/s over that of {base.name}. "
+        f"Efficiency: tokens/s/{per} over that of {base.name}. Speed-up: total tokens/s over that of {base.name}. "
         "Rates are medians over steady steps (without the first tenth, at least two). Imbalance: largest over mean "
         "load of the worst layer and of the pool."
     )
     best = max(rows, key=lambda row: (row.gpus, row.efficiency))
-    lead = f"{len(rows)} runs on {rows[0].gpus} to {rows[-1].gpus} GPUs, measured against {base.name}"
+    lead = f"{len(rows)} runs on {rows[0].gpus} to {rows[-1].gpus} {per}s, measured against {base.name}"
     cards = [
         ("Runs", str(len(rows)), ""),
-        ("Efficiency", share(best.efficiency), f"{best.name}, {best.gpus} GPUs"),
+        ("Efficiency", share(best.efficiency), f"{best.name}, {html.count(best.gpus, per)}"),
         ("Speed-up", show(best.speedup, 3, "×"), f"ideal {show(best.gpus / base.gpus, 3, '×')}"),
         ("Tokens/s in all", show(best.tokens_per_s), f"{best.name}"),
     ]
@@ -205,7 +222,7 @@ def render_scaling(rows: Sequence[Row], warnings: Sequence[str]) -> str:
         html.headline(cards),
         html.notes(warnings, "These runs differ in more than their size"),
         "<h2>Runs</h2>",
-        html.runs_table(caption, HEADER, [row.cells() for row in rows], WORDS),
+        html.runs_table(caption, header(per), [row.cells() for row in rows], WORDS),
         "<h2>Plots</h2>",
         f'<div class="pictures">{"".join(picture.html() for picture in plot(rows))}</div>',
     ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moue_dist.checkpoint import store
 from moue_dist.checkpoint.description import Position, newest
+from moue_dist.config.devices import rank_word
 from moue_dist.data.batches import Batches
 from moue_dist.data.corpus import data_folder, prepare_corpus
 from moue_dist.data.datasets import build_datasets
@@ -45,7 +46,7 @@ def train_loop(system: System, run_dir: Path, *, device_name: str) -> None:
         precision=t.precision,
     )
     with (
-        ProgressBar(t.steps, done.step, enabled=leader) as bar,
+        ProgressBar(t.steps, done.step, enabled=leader, per=rank_word(system.device.type)) as bar,
         MetricsLog(run_dir, enabled=leader, resume_step=done.step) as log,
     ):
         _Loop(system, run_dir, batches, meter, bar, log, done).run()

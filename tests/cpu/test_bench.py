@@ -73,6 +73,7 @@ def test_both_parts_are_measured_in_one_run(outcome: tuple[Path, list[Any]]) -> 
     assert "4 experts a layer, softmax router, top-2; the plain form of moe.topology=rotational" in baseline["form"]
     assert baseline["settings"]["moe_aux_loss_coeff"] == pytest.approx(0.01 / 2)
     assert "baseline" in done.stdout and "ours / baseline" in done.stdout
+    assert "per rank; GiB" in done.stdout and "in tokens/s/rank" in done.stdout and "GPU" not in done.stdout
 
 
 def test_a_part_that_fails_leaves_the_others_numbers(outcome: tuple[Path, list[Any]]) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moue_dist.config.devices import rank_word
 from moue_dist.measuring.metrics import MetricsLog, Rates, StepMeter, peak_rate
 from moue_dist.measuring.power import PowerMeter, PowerReading
 from moue_dist.measuring.progress import ProgressBar
@@ -156,6 +157,14 @@ def test_log_file_gets_first_last_and_validation_lines() -> None:
         "step 99/100  validation loss 4.5000",
         "step 100/100  loss 0.0500  1,234 tokens/s/GPU  0.250 s/step",
     ]
+
+
+def test_ranks_of_a_cpu_are_not_called_gpus() -> None:
+    stream = io.StringIO()
+    with ProgressBar(5, stream=stream, per=rank_word("cpu")) as progress:
+        run_steps(progress, 1, 1)
+    assert "1,234 tokens/s/rank" in stream.getvalue() and "GPU" not in stream.getvalue()
+    assert rank_word("cuda") == "GPU"
 
 
 def test_log_file_gets_a_line_per_interval() -> None:

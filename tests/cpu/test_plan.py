@@ -284,6 +284,16 @@ def test_plan_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in shown
 
 
+def test_ranks_of_a_cpu_are_not_called_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    home = ["plan", TINY, "--parallel.placement", "home"]
+    assert main([*home, "--train.device", "cpu"]) == 0
+    on_cpu = capsys.readouterr().out
+    assert "GPU" not in on_cpu and "H200 has" not in on_cpu
+    assert "GiB of a rank by stage" in on_cpu and "all ranks, GiB" in on_cpu and "GiB of pool a rank" in on_cpu
+    assert main(home) == 0
+    assert capsys.readouterr().out.count("GPU") == 4
+
+
 def test_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", TINY, "--json", "--parallel.stage-layers", "3", "1", "--train.steps", "7"]) == 0
     plan = json.loads(capsys.readouterr().out)

@@ -403,6 +403,25 @@ def test_scaling_page_csv_and_terminal_agree(tmp_path: Path, capsys: pytest.Capt
     ]
 
 
+@pytest.mark.parametrize(("device", "word"), [("CPU", "rank"), ("NVIDIA H200", "GPU")])
+def test_ranks_of_a_cpu_are_not_called_gpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str, word: str
+) -> None:
+    small = write_run(tmp_path / "a", world=1, device=device)
+    large = write_run(tmp_path / "b", replace(CONFIG, name="b"), world=2, device=device)
+    alone, several = Page(write_run_report(small)), tmp_path / "scaling.html"
+    assert main([str(small), str(large), "--output", str(several)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    page = Page(several)
+    texts = [alone.text, *alone.alternatives, told, page.text, *page.alternatives, *page.pictures]
+    assert any("GPU" in text for text in texts) == (word == "GPU")
+    assert f"Tokens/s/{word}" in alone.text and f"1.25 GiB per {word}" in alone.text
+    assert f"Tokens/s/{word}" in told and f"1 to 2 {word}s" in page.text and f"b, 2 {word}s" in page.text
+    assert f"Not weak scaling: sequences per {word} and step" in told
+    (row, _) = csv.DictReader(several.with_suffix(".csv").open())
+    assert (row["gpus"], row["device"]) == ("1", device)
+
+
 def test_numbers_that_a_run_lacks_are_dashes_and_empty(tmp_path: Path) -> None:
     lines = [train_line(s, load=None, memory_gib=None, tflops_per_gpu=None) for s in range(1, 6)]
     folders = [
@@ -424,7 +443,7 @@ def test_runs_of_different_models_are_warned_of(tmp_path: Path, capsys: pytest.C
     for place in (told, Page(output).text):
         assert "moe.window is 16 in tiny, 32 in b" in place
         assert "Different devices: CPU in tiny, NVIDIA H200 in b" in place
-        assert "Not weak scaling: sequences per GPU and step are 16 in tiny, 8 in b" in place
+        assert "Not weak scaling: sequences per rank and step are 16 in tiny, 8 in b" in place
 
 
 # The command
@@ -442,7 +461,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert "moue report runs/tiny" in text
-    assert "fewest GPUs is the baseline" in text
+    assert "fewest ranks is the baseline" in text
 
 
 @pytest.mark.parametrize(
@@ -452,7 +471,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["."], "is not a run folder"),
         (["good", "empty"], "has no finished step"),
         (["good", "lost"], "does not say world_size"),
-        (["good", "rateless"], "recorded no tokens/s/GPU"),
+        (["good", "rateless"], "recorded no tokens/s"),
         (["good", "./good"], "named twice"),
         (["good", "--output", "page.pdf"], "must end in .html"),
         (["good", "--output", "good/run.json/x.html"], "cannot write"),
