@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from moue_dist.config import Config, ConfigError
 
 Run = Callable[[argparse.Namespace, list[str]], int]  # arguments and the options behind them -> exit code
 
+CONFIG = "a YAML file, or the name of a shipped configuration"
 OVERRIDES = """\
 Any option of the configuration can be overridden: --section.key value, for example
   --train.steps 500 --parallel.pipeline-parallel 2 --model.qk-norm false --parallel.stage-layers 3 1
@@ -40,9 +40,10 @@ def count(text: str) -> int:
 
 
 def load(path: str, overrides: list[str]) -> Config:
-    """The configuration of a file, changed by options; raises ConfigError."""
+    """The configuration of a file or of a shipped name, changed by options; raises ConfigError."""
     from moue_dist.config.load import load_config
+    from moue_dist.config.shipped import find_config
 
-    if not os.path.exists(path) and any(word.endswith((".yaml", ".yml")) for word in overrides):
+    if not find_config(path).exists() and any(word.endswith((".yaml", ".yml")) for word in overrides):
         raise ConfigError(f"the configuration file comes first, then the options; {path!r} is no file")
     return load_config(path, overrides)

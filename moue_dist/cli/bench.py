@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from moue_dist.cli.arguments import OVERRIDES, add_command, count, load, positive
+from moue_dist.cli.arguments import CONFIG, OVERRIDES, add_command, count, load, positive
 from moue_dist.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ same batches. Starts its ranks as `moue train` does. Exit code 1 if a part faile
 file; benchmarks/README.md explains it. `moue bench rank` measures one rank of a larger layout alone on one GPU:
 memory and compute are real, transfers take as long as the bytes need at --gbps, waiting for other ranks is left out.
 
-  moue bench step configs/plain_7b.yaml --baseline --train.global-batch-size 32 --train.micro-batch-size 4
-  moue bench step configs/tiny.yaml --baseline --output benchmarks/results/tiny.json --append
-  moue bench step configs/moue_7b.yaml --placements replicate,home,hybrid --train.global-batch-size 64
-  moue bench rank configs/moue_7b.yaml --world 64 --rank 9 --placements replicate,home
+  moue bench step plain_7b --baseline --train.global-batch-size 32 --train.micro-batch-size 4
+  moue bench step tiny --baseline --output benchmarks/results/tiny.json --append
+  moue bench step moue_7b --placements replicate,home,hybrid --train.global-batch-size 64
+  moue bench rank moue_7b --world 64 --rank 9 --placements replicate,home
 
 {OVERRIDES}"""
 
@@ -29,7 +29,7 @@ memory and compute are real, transfers take as long as the bytes need at --gbps,
 def add_to(commands: Any) -> None:
     bench = add_command(commands, "bench", run, "time the training step", ABOUT)
     bench.add_argument("what", choices=["step", "rank"], help="the step of all ranks, or one rank of many, alone")
-    bench.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/tiny.yaml")
+    bench.add_argument("config", metavar="CONFIG", help=CONFIG)
     bench.add_argument("--nproc", type=positive, metavar="N", help="ranks to start on this machine")
     _add_options(bench)
 

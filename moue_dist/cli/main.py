@@ -10,16 +10,17 @@ from collections.abc import Callable, Sequence
 from moue_dist import __version__
 from moue_dist.cli import bench, options, plan, report, train
 from moue_dist.config import BAD_CONFIGURATION, ConfigError
+from moue_dist.config.shipped import about_shipped
 
 _MAIN = """\
 Trains Mixture of Universal Experts: a language model whose MoE layers share one pool of experts, over every layer
 and pipeline stage.
 
-  moue plan configs/tiny.yaml            what would run, and whether it fits
-  moue train configs/tiny.yaml           run it
-  moue bench step configs/tiny.yaml      time the training step
-  moue report runs/tiny                  one HTML page about one or several runs
-  moue options                           every option of a configuration, with its default"""
+  moue plan tiny            what would run, and whether it fits
+  moue train tiny           run it
+  moue bench step tiny      time the training step
+  moue report runs/tiny     one HTML page about one or several runs
+  moue options              every option of a configuration, with its default"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     keep = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="moue", description=_MAIN, formatter_class=keep, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="moue", description=f"{_MAIN}\n\n{about_shipped()}", formatter_class=keep, allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in (train, plan, bench, options):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moue_dist.cli.arguments import add_command
+from moue_dist.cli.arguments import CONFIG, add_command
 from moue_dist.config import Config, ConfigError
+from moue_dist.config.shipped import about_shipped
 
 
 def add_to(commands: Any) -> None:
@@ -19,5 +20,6 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"unexpected {overrides[0]!r}")
     import tyro
 
+    print(f"CONFIG is {CONFIG}.\n{about_shipped()}\n")
     tyro.cli(Config, default=Config(), args=["--help"], prog="moue train CONFIG")
     return 0  # not reached: tyro exits after its help

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moue_dist.cli.arguments import OVERRIDES, add_command, load, positive
+from moue_dist.cli.arguments import CONFIG, OVERRIDES, add_command, load, positive
 from moue_dist.config import Config, ConfigError
 
 ABOUT = f"""\
@@ -15,18 +15,18 @@ Dry run: rank grid, stages and their experts, parameters, FLOPs per token, bytes
 that sends in a step, and whether it fits. Needs no GPU. Exit code 1 if it does not fit (with the cheapest change that
 would), 2 for a bad configuration.
 
-  moue plan configs/moue_7b.yaml --world 64
-  moue plan configs/moue_7b.yaml --world 4 --device h100 --parallel.expert-parallel 2
-  moue plan configs/moue_7b.yaml --world 8 --json
-  moue plan configs/moue_7b.yaml --world 8 --parallel.placement home --picture pool.png
-  moue plan configs/moue_7b.yaml --world 8 --parallel.placement home --parallel.measured-use runs/moue_7b
+  moue plan moue_7b --world 64
+  moue plan moue_7b --world 4 --device h100 --parallel.expert-parallel 2
+  moue plan moue_7b --world 8 --json
+  moue plan moue_7b --world 8 --parallel.placement home --picture pool.png
+  moue plan moue_7b --world 8 --parallel.placement home --parallel.measured-use runs/moue_7b
 
 {OVERRIDES}"""
 
 
 def add_to(commands: Any) -> None:
     plan = add_command(commands, "plan", run, "dry run of a configuration", ABOUT)
-    plan.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/moue_7b.yaml")
+    plan.add_argument("config", metavar="CONFIG", help=CONFIG)
     plan.add_argument("--world", type=positive, metavar="N", help="processes (default: as few as the grid needs)")
     plan.add_argument("--device", default="h200", metavar="NAME", help="accelerator (default: h200)")
     plan.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of a GPU (default: the device's)")

@@ -6,16 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moue_dist.cli.arguments import OVERRIDES, add_command, load, positive
+from moue_dist.cli.arguments import CONFIG, OVERRIDES, add_command, load, positive
 
 ABOUT = f"""\
 Train a configuration. Under torchrun, srun or mpirun this is one rank; otherwise it starts the ranks itself, one for
 each GPU, or on a CPU as few as the grid needs.
 
-  moue train configs/tiny.yaml
-  moue train configs/tiny.yaml --train.steps 20 --name short
-  moue train configs/debug_gpu.yaml --nproc 2 --parallel.expert-parallel 2
-  torchrun --nproc-per-node 8 -m moue_dist train configs/moue_7b.yaml
+  moue train tiny
+  moue train tiny --train.steps 20 --name short
+  moue train debug_gpu --nproc 2 --parallel.expert-parallel 2
+  torchrun --nproc-per-node 8 -m moue_dist train moue_7b
 
 A run that has a checkpoint continues from its latest one.
 {OVERRIDES}"""
@@ -23,7 +23,7 @@ A run that has a checkpoint continues from its latest one.
 
 def add_to(commands: Any) -> None:
     train = add_command(commands, "train", run, "train a configuration", ABOUT)
-    train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/tiny.yaml")
+    train.add_argument("config", metavar="CONFIG", help=CONFIG)
     train.add_argument("--nproc", type=positive, metavar="N", help="ranks to start on this machine")
 
 

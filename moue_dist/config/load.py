@@ -1,7 +1,8 @@
 """Reads a `Config` from strict YAML and from command-line overrides, and writes it back.
 
 Strict: an unknown key, a wrong type, a duplicate key or an unreadable file is a ConfigError that names the file, the
-key and the way out. A file may extend another one with `base: other.yaml` (relative to itself).
+key and the way out. A file may extend another one with `base: other.yaml` (relative to itself), or a shipped
+configuration with `base: tiny`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from moue_dist.config import Config, ConfigError
+from moue_dist.config.shipped import find_config, is_name, shipped_names
 
 Nested = dict[str, Any]
 
@@ -26,9 +28,10 @@ Nested = dict[str, Any]
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file (None: all defaults) with overrides such as `--train.steps 10`.
 
-    Reads and checks types only; `validate.validate` checks the numbers. Raises ConfigError.
+    `path` may be the name of a shipped configuration, such as `tiny`; a file or folder of that name wins. Reads and
+    checks types only; `validate.validate` checks the numbers. Raises ConfigError.
     """
-    values = _read(Path(path), ()) if path is not None else {}
+    values = _read(find_config(path), ()) if path is not None else {}
     return _override(_build(Config, values), list(overrides))
 
 
@@ -104,15 +107,18 @@ def _read(path: Path, chain: tuple[Path, ...]) -> Nested:
         raise ConfigError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return values if base is None else _merge(_read(path.parent / base, (*chain, where)), values)
+    return values if base is None else _merge(_read(find_config(base, path.parent), (*chain, where)), values)
 
 
 def _alternatives(path: Path) -> str:
-    """' (perhaps you meant x.yaml)' for a missing file with a neighbour of a similar name."""
-    if not path.parent.is_dir():
-        return ""
-    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
-    return f"; perhaps you meant {path.parent / close[0]}" if close else ""
+    """What to name in place of a missing file: a shipped configuration, or a neighbour of a similar name."""
+    if path.parent.is_dir():
+        close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        if close:
+            return f"; perhaps you meant {path.parent / close[0]}"
+    if is_name(path.name):
+        return f"; by name there are {', '.join(shipped_names())}"
+    return f"; the shipped one goes by its name: {path.stem}" if path.stem in shipped_names() else ""
 
 
 def _merge(below: Nested, above: Nested) -> Nested:

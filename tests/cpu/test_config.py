@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,43 @@ def test_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path, "", "tiny.yaml")
     with pytest.raises(ConfigError, match=r"no configuration file .*perhaps you meant .*tiny\.yaml"):
         load_config(tmp_path / "tin.yaml")
+
+
+def test_a_shipped_configuration_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("plain_tiny") == load_config(ROOT / "configs" / "plain_tiny.yaml")
+    assert load_config("tiny", ["--train.steps", "3"]).train.steps == 3
+    (tmp_path / "mine.yaml").write_text("base: tiny\nname: mine\n")
+    assert load_config("mine.yaml") == replace(load_config("tiny"), name="mine")
+
+
+def test_a_file_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").write_text("name: ours")
+    assert load_config("tiny").name == "ours"
+    (tmp_path / "over.yaml").write_text("base: tiny")
+    assert load_config("over.yaml").name == "ours"
+    Path("moue_7b").mkdir()
+    with pytest.raises(ConfigError, match="cannot read the configuration file moue_7b"):
+        load_config("moue_7b")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tinny", r"^no configuration file tinny; by name there are debug_gpu, .*, plain_tiny, .*, unipool_tiny$"),
+        ("tiny.yaml", r"^no configuration file tiny\.yaml; the shipped one goes by its name: tiny$"),
+        ("configs/tiny.yaml", r"^no configuration file configs/tiny\.yaml; the shipped one goes by its name: tiny$"),
+        ("../tiny", "^no configuration file"),
+        ("gone.yaml", r"^no configuration file gone\.yaml$"),
+    ],
+)
+def test_an_unknown_name_says_what_there_is(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load_config(name)
 
 
 @pytest.mark.parametrize("spelling", ["--parallel.pipeline-parallel", "--parallel.pipeline_parallel"])
@@ -435,7 +473,7 @@ assert "torch" not in sys.modules and "megatron" not in sys.modules, "torch was 
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
-    assert all(word in ended.stdout for word in ("moue plan configs/tiny.yaml", "train", "report"))
+    assert all(word in ended.stdout for word in ("moue plan tiny", "train", "report", "unipool_7b"))
 
 
 def test_options_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:

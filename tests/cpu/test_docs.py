@@ -19,6 +19,7 @@ from moue_dist.cli.main import _parser
 from moue_dist.cli.report import build_parser
 from moue_dist.config import ConfigError
 from moue_dist.config.load import all_keys, load_config
+from moue_dist.config.shipped import find_config
 from tests.ranks.spawn import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
@@ -199,7 +200,7 @@ def _moue_fault(words: list[str]) -> str | None:
 
 def _refused(config: str, overrides: list[str]) -> str | None:
     try:
-        load_config(ROOT / config, overrides)
+        load_config(find_config(config, ROOT), overrides)
     except ConfigError as error:
         return str(error)
     return None

@@ -47,8 +47,9 @@ def test_files_and_folders_keep_their_size() -> None:
 
 def test_the_rooms_are_these() -> None:
     folders = {path.name for path in (ROOT / "moue_dist").iterdir() if path.is_dir() and path.name[0] not in "._"}
-    assert folders == {*ROOMS, *TOP} - {"moue_dist"}
-    for name in ("parallel", "kernels", "launchers"):
+    linked = ("parallel", "kernels", "launchers", "configs", "slurm")
+    assert folders == {*ROOMS, *linked}
+    for name in linked:
         link = ROOT / "moue_dist" / name
         assert link.is_symlink() and link.resolve() == ROOT / name
         assert not (ROOT / name / "__init__.py").exists()

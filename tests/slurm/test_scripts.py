@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from moue_dist.config.load import load_config
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 JOBS = [script for script in SCRIPTS if script.name != "common.sh"]
@@ -41,15 +43,15 @@ def test_job_script_is_safe(script: Path) -> None:
     code = "\n".join(line for line in (text + (ROOT / "slurm/common.sh").read_text()).splitlines() if line[:1] != "#")
     assert not re.search(r"\b(rm|rmdir|mv|git)\s", code)
     assert '"$@"' in code
-    for config in re.findall(r"configs/\w+\.yaml", text):
-        assert (ROOT / config).exists(), config
+    (config,) = re.findall(r"MOUE_CONFIG:-([\w./]+)", text)
+    assert load_config(config)
 
 
 @pytest.mark.parametrize("script", JOBS, ids=name)
 def test_job_script_refuses_with_a_reason(script: Path, tmp_path: Path) -> None:
     for environment, reason in [
         ({}, "run this with sbatch"),
-        ({"SLURM_SUBMIT_DIR": str(tmp_path)}, "submit from the repository's folder"),
+        ({"SLURM_SUBMIT_DIR": str(tmp_path)}, "submit from the folder that holds slurm/"),
         ({"SLURM_SUBMIT_DIR": str(ROOT), "MOUE_PYTHON": "/nowhere/python"}, "run 'make setup'"),
     ]:
         done = run(script, **environment)
