@@ -26,9 +26,11 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of the checkout this code runs from, with '+' where files differ from it; None outside of one."""
-    here = Path(__file__).resolve().parent.parent
+    here = Path(__file__).resolve()
     try:
-        git = ["git", "-C", str(here)]
+        git = ["git", "-C", str(here.parent)]
+        # An environment may lie in the checkout of another project, whose commit is none of ours.
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

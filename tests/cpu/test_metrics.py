@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pty
+import subprocess
 from pathlib import Path
 
 import numpy
@@ -16,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moue_dist.config.devices import rank_word
+from moue_dist.measuring import provenance
 from moue_dist.measuring.metrics import MetricsLog, Rates, StepMeter, peak_rate
 from moue_dist.measuring.power import PowerMeter, PowerReading
 from moue_dist.measuring.progress import ProgressBar
@@ -199,3 +201,19 @@ def test_terminal_gets_a_bar_that_ends_on_an_exception() -> None:
     assert "loss 1.2500, 1,234 tokens/s/GPU" in shown
     assert "step 4/10  validation loss 4.5000" in shown
     assert shown.endswith("\n")
+
+
+def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment may lie in the checkout of another project, whose commit is none of ours."""
+    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    git = ("git", "-C", str(tmp_path))
+    installed = tmp_path / "env" / "provenance.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(installed))
+    for words in (("init", "--quiet"), (*who, "commit", "--quiet", "--allow-empty", "-m", "Another project")):
+        subprocess.run([*git, *words], check=True)
+    assert provenance.commit() is None
+    subprocess.run([*git, "add", "env"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert provenance.commit() == head[:12] + "+"
