@@ -12,7 +12,7 @@ DEV  := $(VENV)/.moue-dev
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train test lint format
+.PHONY: help setup setup-dev train test lint format rooms
 
 help:
 	@echo 'make train    set up $(VENV) and train $(CONFIG): on every GPU here, or on a few CPU ranks'
@@ -20,7 +20,7 @@ help:
 	@echo '              A run that has a checkpoint goes on from it. Results: runs/<name>/report.html'
 	@echo 'make test     set up the development tools too and run every test that this machine can run'
 	@echo '              make test ARGS="-k router"'
-	@echo 'make lint     ruff and mypy;  make format  lets ruff rewrite'
+	@echo 'make lint     ruff and mypy;  make format  lets ruff rewrite;  make rooms  draws docs/rooms.svg again'
 	@echo 'make setup    only the set-up; done again when pyproject.toml or constraints.txt change'
 	@echo
 	@echo 'Then: $(BIN)/moue --help'
@@ -42,6 +42,9 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+rooms: $(BASE)
+	$(BIN)/python -m tests.draw_rooms
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
