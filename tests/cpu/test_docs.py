@@ -19,7 +19,7 @@ from moue_dist.cli.main import _parser
 from moue_dist.cli.report import build_parser
 from moue_dist.config import ConfigError
 from moue_dist.config.load import all_keys, load_config
-from moue_dist.config.shipped import find_config
+from moue_dist.config.shipped import find_config, shipped_names
 from tests.ranks.spawn import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
@@ -59,9 +59,10 @@ def headings(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
-def section(text: str, title: str) -> str:
-    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    return found.group(1) if found else ""
+def figures(text: str) -> list[list[str]]:
+    """The cells of every row of every table of figures."""
+    tables = re.findall(r"^\| figure \| machine \| date \| record \|\n\|[-|]+\|\n((?:\|.*\n)*)", text, re.M)
+    return [[cell.strip() for cell in row.strip("| ").split("|")] for table in tables for row in table.splitlines()]
 
 
 # What may be wrong in one
@@ -103,7 +104,7 @@ def missing_modules(text: str, path: Path) -> list[str]:
     """Dotted names such as moue_dist.parallel.mesh that lead to no module, or to a module without that name."""
     wrong = []
     for dotted in set(re.findall(r"\bmoue_dist(?:\.\w+)+", text)):
-        at, names = ROOT, dotted.split(".")
+        at, names = ROOT, dotted.removesuffix(".__file__").split(".")
         while names and (at / names[0]).is_dir():
             at /= names.pop(0)
         if names and (at / f"{names[0]}.py").is_file():
@@ -218,20 +219,43 @@ def bad_words(text: str, path: Path) -> list[str]:
 
 
 def bad_figures(text: str, path: Path) -> list[str]:
-    """Rows of the table of figures whose last column names no readable record in benchmarks/results."""
-    rows = [line for line in section(text, "Figures").splitlines() if line.startswith("|")]
-    if not rows:
-        return ["no table in '## Figures'"]
-    wrong = []
-    for row in rows[2:]:
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        names = re.findall(r"benchmarks/results/[\w.\-]+\.json", cells[-1])
-        records = [ROOT / name for name in names]
-        if not records or not all(record.is_file() and json.loads(record.read_text()) for record in records):
+    """Rows of tables of figures that their record does not bear out: machine, date, or a number in it."""
+    rows, wrong = figures(text), []
+    for row in rows:
+        link = re.fullmatch(r"\[\w+\]\(((?:\.\./)?benchmarks/results/[\w.\-]+\.json)\)", row[-1])
+        record = (path.parent / link.group(1)).resolve() if link else path.parent
+        if len(row) != 4 or not record.is_file():
             wrong.append(f"no record behind the figure {row}")
-        if len(cells) != 5 or not (cells[3].startswith("`") and cells[3].endswith("`")):
-            wrong.append(f"no command behind the figure {row}")
+            continue
+        run = json.loads(record.read_text())["runs"][-1]
+        figure, machine, date, _ = row
+        if date != run["date"][:10] or not run["command"].startswith("moue bench "):
+            wrong.append(f"{date}: the record has {run['date']}, {run['command']}")
+        if machine != f"{run['machine']['gpus']} x {run['machine']['gpu'].removeprefix('NVIDIA ')}":
+            wrong.append(f"{machine}: the record has {run['machine']['gpu']}")
+        known = list(numbers(run))
+        for number in re.findall(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w.]*\d)", figure):
+            digits = len(number.partition(".")[2])
+            value = float(number.replace(",", ""))
+            if (digits or value >= 100) and all(round(x, digits) != value for x in known):
+                wrong.append(f"{number}: not in {record.name}: {figure}")
     return wrong
+
+
+def numbers(run: dict[str, typing.Any]) -> Iterator[float]:
+    """Every number of a run: those of its parts and configuration, their ratios, tokens of a step."""
+
+    def leaves(value: object) -> Iterator[float]:
+        if isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from leaves(item)
+        elif isinstance(value, int | float):
+            yield value
+
+    yield from leaves([run["parts"], run["config"], run["ratio"]])
+    yield run["config"]["train"]["global_batch_size"] * run["config"]["model"]["sequence_length"]
+    times = [part["step_ms"] for part in run["parts"].values()]
+    yield from (time / times[0] for time in times)
 
 
 CHECKS: tuple[Check, ...] = (broken_links, missing_paths, missing_modules, bad_options, bad_commands, bad_words)
@@ -243,16 +267,25 @@ def test_documents_say_what_is_there(path: Path, check: Check) -> None:
     assert not check(path.read_text(), path)
 
 
-def test_figures_have_records() -> None:
-    path = ROOT / "README.md"
+@pytest.mark.parametrize(("name", "least", "most"), [("README.md", 1, 6), ("docs/figures.md", 16, 1000)])
+def test_figures_have_records(name: str, least: int, most: int) -> None:
+    path = ROOT / name
+    assert least <= len(figures(path.read_text())) <= most
     assert not bad_figures(path.read_text(), path)
+
+
+def test_every_record_has_a_figure() -> None:
+    text = (ROOT / "docs" / "figures.md").read_text()
+    assert {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")} == set(
+        re.findall(r"benchmarks/results/([\w.]+)", text)
+    )
 
 
 def test_the_documents_are_there() -> None:
     names = {str(path.relative_to(ROOT)) for path in DOCUMENTS}
     assert names >= {
         *("README.md", "CONTRIBUTING.md", "benchmarks/README.md"),
-        *("docs/architecture.md", "docs/math.md", "docs/log.md"),
+        *("docs/architecture.md", "docs/math.md", "docs/log.md", "docs/figures.md", "docs/others.md"),
     }
 
 
@@ -268,7 +301,7 @@ def test_the_readme_shows_the_ways_to_start() -> None:
 
 def test_the_readme_names_every_configuration_and_room() -> None:
     text = (ROOT / "README.md").read_text()
-    for name in (*(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")), *ROOMS):
+    for name in (*shipped_names(), *ROOMS):
         assert f"`{name}`" in text, name
 
 
@@ -282,6 +315,18 @@ def test_licence_and_versions_are_those_of_the_package() -> None:
     low, high = re.findall(r"2\.(\d+)", pinned["torch"])
     assert f"torch 2.{low} to 2.{int(high) - 1}" in text
     assert all(f"'.[{extra}]'" in text for extra in project["optional-dependencies"])
+
+
+TABLE = "| figure | machine | date | record |\n|---|---|---|---|\n"
+RECORD = "[record](benchmarks/results/moue7b_ep2_bf16.json)"
+BAD_ROWS = (
+    "| 29,971 | 2 x H200 | 2026-11-23 | [record](benchmarks/results/gone.json) |\n",
+    "| 29,971 | 2 x H200 | 2026-11-23 | `moue bench step` |\n",
+    f"| 29,971 | 2 x H200 | 2026-11-24 | {RECORD} |\n",
+    f"| 29,971 | 8 x H200 | 2026-11-23 | {RECORD} |\n",
+    f"| 29,972 | 2 x H200 | 2026-11-23 | {RECORD} |\n",
+    f"| EP2: 29,971; 80.5 GiB | 2 x H200 | 2026-11-23 | {RECORD} |\n",
+)
 
 
 @pytest.mark.parametrize(
@@ -313,9 +358,13 @@ def test_licence_and_versions_are_those_of_the_package() -> None:
         (bad_words, "in /somewhere/else/file"),
         (bad_words, "from packages.example.org"),
         (bad_words, "TODO"),
-        (bad_figures, "## Figures\n\n|a|b|c|d|e|\n|-|-|-|-|-|\n|x|1|m|`moue plan`|`benchmarks/results/gone.json`|\n"),
-        (bad_figures, "## Figures\n\nnone\n"),
+        *((bad_figures, TABLE + row) for row in BAD_ROWS),
     ],
 )
 def test_the_checks_find_what_they_should(check: Check, text: str) -> None:
     assert check(text, ROOT / "README.md")
+
+
+def test_a_good_row_is_none() -> None:
+    row = f"| EP2: 29,971 tokens/s/GPU; loss 11.103 to 2.700; 80.4 GiB | 2 x H200 | 2026-11-23 | {RECORD} |\n"
+    assert len(figures(TABLE + row)) == 1 and not bad_figures(TABLE + row, ROOT / "README.md")
