@@ -24,7 +24,7 @@ import pytest
 
 from moue_dist.cli.report import main
 from moue_dist.report.ring import write_pool_picture
-from tests.cpu.test_report import CONFIG, write_run
+from tests.cpu.report.test_report import CONFIG, write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary: apt-get install chromium")

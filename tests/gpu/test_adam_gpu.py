@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cpu.test_adam import agree
+from tests.cpu.kernels.test_adam import agree
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

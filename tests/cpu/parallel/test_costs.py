@@ -17,7 +17,7 @@ from moue_dist.parallel.placement.costs import (
     step_traffic,
 )
 from moue_dist.parallel.placement.placement import common_pieces, pieces_of_a_row
-from tests.cpu.test_planner import EACH, MANY, Case, budgets, cases
+from tests.cpu.parallel.test_planner import EACH, MANY, Case, budgets, cases
 
 
 @MANY

@@ -9,7 +9,7 @@ import torch
 
 from moue_dist.parallel.lockstep.pipeline import LockstepPipeline
 from moue_dist.parallel.lockstep.turns import TurnBroken, Turns, side_by_side
-from tests.cpu.test_lockstep_schedule import D, Stage, exchange_of
+from tests.cpu.parallel.test_lockstep_schedule import D, Stage, exchange_of
 
 
 def test_the_order_of_a_slot():
@@ -78,7 +78,7 @@ class Broken(Stage):
 @pytest.mark.parametrize("at", ["forward", "backward"])
 def test_a_failure_in_one_direction_ends_the_other_and_is_the_one_told(at, monkeypatch):
     from moue_dist.parallel.lockstep import wire as lockstep
-    from tests.cpu.test_lockstep_schedule import Wire
+    from tests.cpu.parallel.test_lockstep_schedule import Wire
 
     monkeypatch.setattr(lockstep, "dist", Wire())
     exchange = exchange_of(0, (1,))

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.cpu.rooms import (
+from tests.cpu.project.rooms import (
     MOST_ENTRIES,
     MOST_LINES,
     ROOMS,

@@ -26,7 +26,7 @@ from moue_dist.report import gantt
 from moue_dist.report.html import escape
 from moue_dist.report.run_report import write_run_report
 from moue_dist.report.style import to_svg
-from tests.cpu.test_report import Page, write_run
+from tests.cpu.report.test_report import Page, write_run
 
 F, B, S, T, O = "forward", "backward", "serve", "transfer", "optimizer"  # noqa: E741
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from moue_dist.parallel.rehearsal import Link, rehearse
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_transfer_takes_its_latency_and_its_bytes():
@@ -66,6 +66,6 @@ def echoes() -> None:
 
 
 def test_every_collective_is_echoed():
-    command = [sys.executable, "-c", "from tests.cpu.test_rehearsal import echoes; echoes()"]
+    command = [sys.executable, "-c", "from tests.cpu.parallel.test_rehearsal import echoes; echoes()"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and done.stdout.strip() == "done", done.stdout + done.stderr

@@ -19,7 +19,7 @@ from moue_dist.cli import main
 from moue_dist.config import Config, ConfigError, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
 from moue_dist.planning.flops import flops_per_token
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = """
 name: small
 output: {folder}/runs

@@ -15,7 +15,7 @@ import torch
 
 from moue_dist.kernels.rows.permute import combine, gather_dot, gather_rows, gather_sum, permute
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def routing(tokens: int, k: int, experts: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

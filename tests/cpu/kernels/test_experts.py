@@ -21,7 +21,7 @@ from moue_dist.kernels.experts.mlp import ExpertSlab, expert_mlp
 from moue_dist.kernels.experts.swiglu import swiglu, swiglu_backward, swiglu_forward, swiglu_weighted_backward
 from moue_dist.kernels.experts.wgrad import WeightGradients, add_weight_gradients
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # (spans of visible experts among 6 held, rows of each): one span; wrapped window in its own order; an expert without
 # rows at either end and inside; a span without rows; one expert; no rows at all

@@ -20,7 +20,7 @@ from moue_dist.measuring.slots import bubble as measured_bubble
 from moue_dist.parallel.recording.spans import KINDS, Span
 from moue_dist.parallel.recording.timeline import OFF, HostClock, Timeline, clock_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Ticks:

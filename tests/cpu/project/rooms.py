@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOP = ("launchers", "moue_dist", "parallel", "kernels")  # each imports only from itself and from later ones
 ROOMS = (  # of moue_dist: each imports only from itself and from earlier ones
     *("config", "measuring", "refusals", "planning", "model", "data"),
