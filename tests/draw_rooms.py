@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from tests.cpu.rooms import ROOT, TOP, Texts, imports, module_of, texts
+from tests.cpu.project.rooms import ROOT, TOP, Texts, imports, module_of, texts
 from tests.layers import Box, draw, stack
 
 PICTURE = ROOT / "docs" / "rooms.svg"

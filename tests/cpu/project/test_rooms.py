@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from tests.cpu.rooms import ROOMS, texts
+from tests.cpu.project.rooms import ROOMS, texts
 from tests.draw_rooms import PICTURE, ROOT, against, picture, read_rooms
 from tests.layers import Box, Diagram, acyclic, reduced, stack
 

@@ -21,7 +21,7 @@ from moue_dist.model.balance import BalanceState
 from moue_dist.model.context import MoEContext
 from tests.routing import RULES, Case, cancelling, case, check, check_products, exact
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WINDOW = torch.tensor([2, 5, 7, 9])
 
 
