@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moue_dist.kernels.routing import choice_backward_triton, choice_triton
+from moue_dist.kernels.routing import choose_backward_triton, choose_triton
 from moue_dist.kernels.routing.choice import Choice, Chosen, Tally
 from moue_dist.kernels.routing.products import gradients, multiply
 
 
 def choose(logits_tw: Tensor, choice: Choice) -> Chosen:
-    """See `choice.choose`; fp32 logits."""
+    """See `choose.choose`; fp32 logits."""
     if logits_tw.dtype != torch.float32:
         raise ValueError(f"the routing kernels take fp32 logits, got {logits_tw.dtype}; pass impl='torch'")
     return _chosen(*_Choose.apply(logits_tw, choice))
 
 
 def route(x_td: Tensor, weight_wd: Tensor, choice: Choice) -> Chosen:
-    """See `choice.route`; bf16 x and weight."""
+    """See `choose.route`; bf16 x and weight."""
     return _chosen(*_Route.apply(x_td, weight_wd, choice))
 
 
@@ -39,7 +39,7 @@ def _chosen(ids_tk: Tensor, weights_tk: Tensor, tally: Tensor | None) -> Chosen:
 
 def _forward(ctx: Any, logits_tw: Tensor, choice: Choice, *kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     logits_tw = logits_tw.contiguous()
-    found = choice_triton.choose(logits_tw, choice)
+    found = choose_triton.choose(logits_tw, choice)
     a = choice.auxiliary
     ctx.rule, ctx.squares = choice.rule, 0.0 if a is None else a.z * a.scale / a.tokens
     ctx.save_for_backward(logits_tw, found.columns_tk, found.lse_t, found.auxiliary_w, *kept)
@@ -52,7 +52,7 @@ def _backward(ctx: Any, dweights_tk: Tensor | None, pair: bool) -> Tensor:
     logits_tw, columns_tk, lse_t, auxiliary_w, *_ = ctx.saved_tensors
     if dweights_tk is None:
         dweights_tk = torch.zeros(columns_tk.shape, device=columns_tk.device)
-    return choice_backward_triton.choose_backward(
+    return choose_backward_triton.choose_backward(
         dweights_tk.float().contiguous(), logits_tw, columns_tk, lse_t, auxiliary_w, ctx.squares, ctx.rule, pair
     )
 

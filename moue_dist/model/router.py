@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moue_dist.config import MoEConfig
-from moue_dist.kernels.routing.choice import Auxiliary, Choice, Rule, Tally, choose, route
+from moue_dist.kernels.routing.choice import Auxiliary, Choice, Rule, Tally
+from moue_dist.kernels.routing.choose import choose, route
 from moue_dist.kernels.routing.products import router_logits
 
 STATE_EPS = 1e-6

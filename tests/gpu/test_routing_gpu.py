@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moue_dist.config import MoEConfig
 from moue_dist.kernels.backend import has_triton
-from moue_dist.kernels.routing.choice import Auxiliary, Choice, Rule, choose, route
+from moue_dist.kernels.routing.choice import Auxiliary, Choice, Rule
+from moue_dist.kernels.routing.choose import choose, route
 from moue_dist.kernels.routing.products import router_logits
 from moue_dist.model.router import Router, SharedRouter
 from tests.routing import RULES, cancelling, case, check, check_products, exact

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from moue_dist.config import BalanceConfig, Config, ModelConfig, MoEConfig
-from moue_dist.kernels.routing.choice import Choice, Rule, choose, route
+from moue_dist.kernels.routing.choice import Choice, Rule
+from moue_dist.kernels.routing.choose import choose, route
 from moue_dist.kernels.routing.products import gradients, router_logits, split
 from moue_dist.model.balance import BalanceState
 from moue_dist.model.context import MoEContext
@@ -154,13 +155,13 @@ def interpret() -> None:
 
 def several_rows_a_program() -> None:
     """Few programs, so that each goes over several tiles and the last ones lie beyond the tokens."""
-    from moue_dist.kernels.routing import choice_triton
+    from moue_dist.kernels.routing import choose_triton
 
-    before = choice_triton.PROGRAMS, choice_triton.PROGRAMS_OF_ONE_ROW
-    choice_triton.PROGRAMS = choice_triton.PROGRAMS_OF_ONE_ROW = 3
+    before = choose_triton.PROGRAMS, choose_triton.PROGRAMS_OF_ONE_ROW
+    choose_triton.PROGRAMS = choose_triton.PROGRAMS_OF_ONE_ROW = 3
     judge(case(Rule("softmax", 2), 37, 300), "triton")
     judge(case(Rule("norm", 3), 41, 700, bias=True), "triton")
-    choice_triton.PROGRAMS, choice_triton.PROGRAMS_OF_ONE_ROW = before
+    choose_triton.PROGRAMS, choose_triton.PROGRAMS_OF_ONE_ROW = before
 
 
 def whole_router() -> None:

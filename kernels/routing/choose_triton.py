@@ -1,9 +1,9 @@
-"""Triton kernels of `choice.py`, where the contract and the reference stand. Import this file only where Triton is.
+"""Triton kernels of `choose.py`, where the contract and the reference stand. Import this file only where Triton is.
 
 A warp has whole rows of logits in registers, so that no reduction leaves it, and goes over them once: softmax, the top
 k by k rounds of a maximum, the weights, and sums for the balance. Sums over tokens are deterministic: each program adds
 up its own rows, and a second kernel adds the programs' sums in fp64, in one order; counts are integers. Backward stands
-in `choice_backward_triton.py`.
+in `choose_backward_triton.py`.
 
 Scores are compared as integers of the same order: one instruction reduces integers over a warp, and a column that is
 taken or padding has a value of its own. NaN is the largest, as for torch.topk. Runs in Triton's interpreter
@@ -49,7 +49,7 @@ def tile(window: int) -> tuple[int, int, int]:
 
 
 def choose(logits_tw: Tensor, choice: Choice) -> Forward:
-    """See `choice.choose`; `logits_tw` is fp32 and contiguous."""
+    """See `choose.choose`; `logits_tw` is fp32 and contiguous."""
     rule, window_w, bias_p, chosen_tk, auxiliary = choice
     (tokens, w), k, device = logits_tw.shape, rule.top_k, logits_tw.device
     rows, columns, warps = tile(w)

@@ -1,4 +1,4 @@
-"""The backward kernel of `choice_triton.py`. Import this file only where Triton is.
+"""The backward kernel of `choose_triton.py`. Import this file only where Triton is.
 
 Scores are computed again from the logits and each token's log-sum-exp. The gradients of the weights, of the balance
 terms and of the z-loss become the logits' gradient in one pass, in fp32 or split into two bf16 as tensor cores want it
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moue_dist.kernels.routing.choice import Rule
-from moue_dist.kernels.routing.choice_triton import tile
+from moue_dist.kernels.routing.choose_triton import tile
 
 
 def choose_backward(
