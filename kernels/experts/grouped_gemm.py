@@ -103,10 +103,11 @@ class TorchGemm:
         """One group for every expert from the first visible one to the last, those between them without rows.
 
         `row_ids` are the visible experts, on the device. So nothing waits for the device, and `rows` may be more than
-        there are. Where that range is wider than MOST_GROUPS, the rows are cut after all (`of`).
+        there are. Where that range is wider than MOST_GROUPS, or the spans do not
+        ascend, the rows are cut after all (`of`).
         """
         first, end = (spans[0][0], spans[-1][1]) if spans else (0, 0)
-        if len(spans) < 2 or end - first > MOST_GROUPS:
+        if len(spans) < 2 or end - first > MOST_GROUPS or list(spans) != sorted(spans):
             return TorchGemm.of(spans, counts_n, rows, None, impl)
         wide_n = counts_n.new_zeros(end - first).index_copy_(0, row_ids - first, counts_n)
         return TorchGemm((((first, end), (0, rows), wide_n, _offsets(wide_n)),), impl)

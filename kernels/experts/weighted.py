@@ -55,6 +55,8 @@ def rows_of(
 
 def forward(rows: Rows, x_cd: Tensor) -> tuple[Tensor, Tensor]:
     """(outputs [C, d], pre-activations [C, 2f]), the latter for `backward`."""
+    if not rows.slab.count:  # a layer whose experts are all on other ranks
+        return x_cd.new_empty(0, rows.slab.hidden), x_cd.new_empty(0, 2 * rows.slab.width)
     z_c2f = rows.gemm.forward(x_cd, rows.slab.w_in)
     return rows.gemm.forward(swiglu_forward(z_c2f, rows.impl, rows.live), rows.slab.w_out), z_c2f
 
@@ -68,6 +70,8 @@ def backward(
     called once: it hands x, dy and the activations to `slab.sums`, which may keep them until the next layer's.
     """
     slab, gemm = rows.slab, rows.gemm
+    if not slab.count:
+        return x_cd.new_empty(0, slab.hidden), weight_c[:0], lambda: None
     if z_c2f is None:
         z_c2f = gemm.forward(x_cd, slab.w_in)
     dh_cf = gemm.dgrad(dy_cd, slab.w_out)

@@ -112,18 +112,21 @@ class WeightGradients:
 
 
 def _add_together(waiting: Sequence[_Waiting]) -> None:
+    """All at once, over the experts from the first that any of the layers sees to the last."""
     pool = waiting[0].slab
+    first = min(a for w in waiting for a, _ in w.slab.spans)
+    end = max(b for w in waiting for _, b in w.slab.spans)
     counts_gn, starts_gn = (
-        torch.stack([_spread(w.slab, of(w.counts_n)) for w in waiting])
+        torch.stack([_spread(w.slab, of(w.counts_n), first, end) for w in waiting])
         for of in (lambda c: c, lambda c: c.cumsum(0) - c)
     )
     dzs, xs, dys, hs = zip(*(w.rows for w in waiting), strict=True)
-    add_weight_gradients(pool.g_out, dys, hs, counts_gn, starts_gn, "triton")
-    add_weight_gradients(pool.g_in, dzs, xs, counts_gn, starts_gn, "triton")
+    add_weight_gradients(pool.g_out[first:end], dys, hs, counts_gn, starts_gn, "triton")
+    add_weight_gradients(pool.g_in[first:end], dzs, xs, counts_gn, starts_gn, "triton")
 
 
-def _spread(slab: PoolView, values_n: Tensor) -> Tensor:
-    """Numbers of the visible experts -> of all experts held here, 0 for the others."""
-    if slab.spans == ((0, slab.weight.shape[0]),):
+def _spread(slab: PoolView, values_n: Tensor, first: int, end: int) -> Tensor:
+    """Numbers of the visible experts -> of the pool's rows from `first` to `end`, 0 for the others."""
+    if slab.spans == ((first, end),):
         return values_n
-    return values_n.new_zeros(slab.weight.shape[0]).index_copy_(0, slab.row_ids, values_n)
+    return values_n.new_zeros(end - first).index_copy_(0, slab.row_ids - first, values_n)

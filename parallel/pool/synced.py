@@ -52,8 +52,8 @@ class SyncedBuffer:
     """Replicated weights [rows, row] with their fp32 gradients and this rank's fp32 optimizer shares.
 
     `row_ids` are the global ids of the rows and `global_rows` their number over all ranks. `segments` are
-    (first row, end row, replicas). `grad_scale` turns the sum over replicas into the wanted mean over data ranks.
-    `pieces` divides `row` and must be the same on all ranks.
+    (first row, end row, replicas). `grad_scale` turns the sum over replicas into the wanted mean over data ranks; the
+    optimizer applies it, together with the clip factor. `pieces` divides `row` and must be the same on all ranks.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class SyncedBuffer:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum the gradients over all replicas into each owner's share, scaled. The rest of the buffer is then stale."""
+        """Sum the gradients over all replicas into each owner's share. The rest of the buffer is then stale."""
         flat = self.grad.view(-1)
         for span, share in zip(self.spans, self.shares(self.grad), strict=True):
             group = span.replicas.group
@@ -123,8 +123,6 @@ class SyncedBuffer:
                 out = flat.new_empty(span.share)
                 dist.reduce_scatter_tensor(out, padded, group=group)
                 share.copy_(out[: share.numel()])
-            if self.grad_scale != 1.0:
-                share.mul_(self.grad_scale)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -220,8 +218,7 @@ class SharedOptimizer:
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of this rank's shares, fp32 scalar; their sum over all ranks is the buffers' squared norm."""
-        grads = [g for b in self.buffers for g in b.shares(b.grad)]
-        parts = [g.square().sum() if not g.is_cuda else torch.linalg.vector_norm(g).square() for g in grads]
+        parts = [_square(g) * b.grad_scale**2 for b in self.buffers for g in b.shares(b.grad)]
         return torch.stack(parts).sum() if parts else torch.zeros(())
 
     @torch.no_grad()
@@ -229,7 +226,7 @@ class SharedOptimizer:
         """One AdamW step on the shares from `clip` times their gradients; replicas are equal after `finish`."""
         self.finish()
         for b, adam in zip(self.buffers, self.adams, strict=True):
-            b.pending = adam.step(b.shares(b.grad), lr, 1.0 if clip is None else clip)
+            b.pending = adam.step(b.shares(b.grad), lr, b.grad_scale * (1.0 if clip is None else clip))
             if b.pending is None:
                 b.gather()
 
@@ -253,6 +250,10 @@ class SharedOptimizer:
         self.finish()
         for adam in self.adams:
             adam.adopt()
+
+
+def _square(g: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(g).square() if g.is_cuda else g.square().sum()
 
 
 @dataclass(frozen=True)

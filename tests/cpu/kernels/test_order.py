@@ -104,6 +104,20 @@ def test_weighted_rows_with_room_have_the_gradients_of_autograd(keep: bool, span
     torch.testing.assert_close(slab.grad, expected)
 
 
+def test_a_layer_without_experts_here_gives_nothing() -> None:
+    slab = slab_of(5, 6, 4, ())
+    ids, weight, local = choices(11, 2, 6, [])
+    order = order_local(ids, weight, local, 0, 8)
+    rows = weighted.rows_of(slab, order.counts_n, 8, backend="loop", live=order.live)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    out, z = weighted.forward(rows, x)
+    assert not gather_sum(out, order.position_tk, weight.double()).any()
+    dx, dweight, add = weighted.backward(rows, x, z, x, order.weight_c.double())
+    add()
+    assert not gather_sum(dx, order.position_tk).any() and not slab.grad.any()
+    assert not gather_rows(dweight[:, None], order.position_tk.reshape(-1)).any()
+
+
 def poisoned(rows: Tensor, live: int) -> Tensor:
     rows = rows.clone()
     rows[live:] = float("nan")
