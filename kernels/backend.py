@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 
 Impl = Literal["torch", "triton"]  # the reference in plain PyTorch, or the Triton kernel beside it
-ExpertBackend = Literal["loop", "torch", "te"]  # per-expert matmuls, PyTorch's grouped GEMM, Transformer Engine
+# Per-expert matmuls, PyTorch's grouped GEMM, its scaled one in FP8, Transformer Engine.
+ExpertBackend = Literal["loop", "torch", "fp8", "te"]
 
 
 @cache

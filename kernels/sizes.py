@@ -9,9 +9,9 @@ from moue_dist.config import ConfigError
 
 
 def unit_of(backend: str, itemsize: int) -> int:
-    """Of what d and f must be multiples: rows of 16 bytes in PyTorch's grouped GEMM, 16 numbers in Transformer
-    Engine's, anything in the loop."""
-    return {"torch": 16 // itemsize, "te": 16}.get(backend, 1)
+    """Of what d and f must be multiples: rows of 16 bytes in PyTorch's grouped GEMM, also in FP8, 16 numbers in
+    Transformer Engine's, anything in the loop."""
+    return {"torch": 16 // itemsize, "fp8": 16, "te": 16}.get(backend, 1)
 
 
 def sizes_fit(backend: str, hidden: int, width: int, itemsize: int) -> bool:
@@ -23,7 +23,8 @@ def sizes_fit(backend: str, hidden: int, width: int, itemsize: int) -> bool:
 def check_sizes(backend: str, hidden: int, width: int, itemsize: int) -> None:
     """Raise ConfigError, naming the options and the way out, where `backend` does not take the sizes."""
     if not sizes_fit(backend, hidden, width, itemsize):
+        instead = "train.precision=bf16" if backend == "fp8" else "moe.experts=loop"
         raise ConfigError(
             f"moe.experts={backend} needs model.hidden_size={hidden} and moe.expert_width={width} in multiples of "
-            f"{unit_of(backend, itemsize)}; change them or use moe.experts=loop"
+            f"{unit_of(backend, itemsize)}; change them or use {instead}"
         )

@@ -113,10 +113,10 @@ class TorchGemm:
         return TorchGemm((((first, end), (0, rows), wide_n, _offsets(wide_n)),), impl)
 
     def forward(self, x_ri: Tensor, w_noi: Tensor) -> Tensor:
-        return _join([grouped_mm(x_ri[a:b], w_noi[e:f].transpose(-2, -1), o) for (e, f), (a, b), _, o in self.parts])
+        return join([grouped_mm(x_ri[a:b], w_noi[e:f].transpose(-2, -1), o) for (e, f), (a, b), _, o in self.parts])
 
     def dgrad(self, dy_ro: Tensor, w_noi: Tensor) -> Tensor:
-        return _join([grouped_mm(dy_ro[a:b], w_noi[e:f], o) for (e, f), (a, b), _, o in self.parts])
+        return join([grouped_mm(dy_ro[a:b], w_noi[e:f], o) for (e, f), (a, b), _, o in self.parts])
 
     def wgrad(self, dy_ro: Tensor, x_ri: Tensor, grad_noi: Tensor) -> None:
         for (e, f), (a, b), counts, offsets in self.parts:
@@ -147,5 +147,6 @@ def _offsets(counts_n: Tensor) -> Tensor:
     return torch.cumsum(counts_n, 0, dtype=torch.int32)
 
 
-def _join(parts: list[Tensor]) -> Tensor:
+def join(parts: list[Tensor]) -> Tensor:
+    """The spans' rows one after the other; one span's are not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

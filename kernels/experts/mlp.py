@@ -25,6 +25,8 @@ from moue_dist.kernels.experts.grouped_gemm import Gemm, LoopGemm, TorchGemm
 from moue_dist.kernels.experts.slab import PoolView
 from moue_dist.kernels.experts.swiglu import swiglu_backward, swiglu_forward, swiglu_weighted_backward
 from moue_dist.kernels.experts.wgrad import WeightGradients
+from moue_dist.kernels.fp8.experts import Fp8Experts, backward_without_graph, run_experts
+from moue_dist.kernels.fp8.pool import QuantisedPool
 from moue_dist.kernels.sizes import check_sizes
 
 
@@ -38,6 +40,7 @@ class ExpertSlab(PoolView):
     """
 
     sums: WeightGradients = field(default_factory=WeightGradients)  # shared by the slabs of a pool
+    fp8: QuantisedPool | None = None  # the pool's weights in FP8, which backend `fp8` computes with
 
     @cached_property
     def te(self) -> Callable[..., Tensor]:
@@ -45,6 +48,14 @@ class ExpertSlab(PoolView):
         from moue_dist.kernels.experts.te import make_te_experts
 
         return make_te_experts(self)
+
+    def in_fp8(
+        self, gemm: TorchGemm | LoopGemm, counts_n: Tensor, impl: Impl, live: Tensor | None = None
+    ) -> Fp8Experts:
+        """These experts in FP8, over the rows that `gemm` cuts. ValueError where the pool is not quantised."""
+        if self.fp8 is None:
+            raise ValueError("backend fp8 needs the slab of a pool that is quantised")
+        return Fp8Experts.of(self, self.fp8, self.sums, gemm, counts_n, impl, live)
 
 
 def expert_mlp(
@@ -65,8 +76,8 @@ def expert_mlp(
     Kept for backward: x and the pre-activation [R, 2f]; with `recompute` x alone, at the price of one more GEMM.
     `impl` picks the activation kernel (None: by device).
 
-    `loop` and `te` need the counts on the host and wait for the device without `counts_host`; so does `torch` with
-    several spans. `torch` needs d and f in multiples of 16 bytes (ConfigError).
+    `loop` and `te` need the counts on the host and wait for the device without `counts_host`; so do `torch` and `fp8`
+    with several spans. `torch` needs d and f in multiples of 16 bytes, `fp8` in multiples of 16 (ConfigError).
     Example: spans ((4, 6),), counts [2, 1] -> rows 0 and 1 go through the pool's row 4, row 2 through row 5.
     """
     if counts_n.shape[0] != slab.count:
@@ -78,9 +89,9 @@ def expert_mlp(
     impl = impl or default_impl(x_rd.device)
     if backend == "torch":
         check_sizes("torch", slab.hidden, slab.width, x_rd.element_size())
-        gemm: Gemm = TorchGemm.of(slab.spans, counts_n, x_rd.shape[0], counts_host, impl)
-    else:
-        gemm = LoopGemm.of(slab.spans, counts_n.tolist() if counts_host is None else counts_host)
+    gemm = _gemm(backend, x_rd.shape[0], counts_n, slab, counts_host, impl)
+    if backend == "fp8":
+        return run_experts(x_rd, slab.in_fp8(gemm, counts_n, impl), recompute)
     # without a tensor that needs a gradient, autograd would drop the node and with it the weight gradients
     anchor = torch.empty(0, device=x_rd.device, requires_grad=True)
     return _ExpertMLP.apply(x_rd, anchor, counts_n, slab, gemm, recompute, impl)
@@ -107,17 +118,23 @@ def expert_backward(
     impl = impl or default_impl(x_rd.device)
     if backend == "te":
         return _te_backward(x_rd, dy_rd, weight_r, slab, counts_host)
-    gemm: Gemm = (
-        TorchGemm.of(slab.spans, counts_n, x_rd.shape[0], counts_host, impl)
-        if backend == "torch"
-        else LoopGemm.of(slab.spans, counts_host)
-    )
+    gemm = _gemm(backend, x_rd.shape[0], counts_n, slab, counts_host, impl)
     x_rd, dy_rd = x_rd.contiguous(), dy_rd.contiguous()
+    if backend == "fp8":
+        return backward_without_graph(x_rd, dy_rd, weight_r, slab.in_fp8(gemm, counts_n, impl))
     z_r2f = gemm.forward(x_rd, slab.w_in)
     dh_rf = gemm.dgrad(dy_rd, slab.w_out)
     dz_r2f, h_rf, dweight_r = swiglu_weighted_backward(z_r2f, dh_rf, weight_r, impl)
     slab.sums.add(slab, gemm, counts_n, dz_r2f, x_rd, dy_rd, h_rf)
     return gemm.dgrad(dz_r2f, slab.w_in), dweight_r
+
+
+def _gemm(
+    backend: ExpertBackend, rows: int, counts_n: Tensor, slab: ExpertSlab, counts_host: list[int] | None, impl: Impl
+) -> TorchGemm | LoopGemm:
+    if backend == "torch" or (backend == "fp8" and counts_n.is_cuda):
+        return TorchGemm.of(slab.spans, counts_n, rows, counts_host, impl)
+    return LoopGemm.of(slab.spans, counts_n.tolist() if counts_host is None else counts_host)
 
 
 def _te_backward(

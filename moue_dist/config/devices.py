@@ -97,3 +97,8 @@ def fp8_recipes(capability: tuple[int, int]) -> tuple[str, ...]:
     if capability[0] == 10:
         return ("mxfp8", *per_tensor)
     return per_tensor
+
+
+def grouped_fp8(capability: tuple[int, int]) -> bool:
+    """Does PyTorch's grouped GEMM take FP8 with a scale a row and an output channel there? On Hopper alone."""
+    return capability[0] == 9

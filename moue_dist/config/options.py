@@ -51,7 +51,7 @@ class MoEConfig:
     state_decay: float = 0.9  # universal: lambda in s <- RMSNorm(lambda * s + sum p_e k_e)
     shared_expert_width: int = 0  # an always-on expert beside the routed ones; 0 means none
     force_balance: bool = False  # benchmarks only: random routing
-    experts: Literal["auto", "loop", "torch", "te"] = "auto"  # how expert GEMMs are computed
+    experts: Literal["auto", "loop", "torch", "fp8", "te"] = "auto"  # how expert GEMMs are computed
     dispatch: Literal["auto", "all_to_all", "gathered"] = "auto"  # replicate: rows one by one, or tokens once a rank
     headroom: float = 1.5  # gathered: room for rows at first, over an even share; a step that needs more runs again
     merge_wgrad: int = 0  # layers whose expert weight gradients are added in one pass; 1: each alone, 0: picked

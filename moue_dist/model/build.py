@@ -62,6 +62,7 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
         dtype=tconfig.params_dtype,
         device=device,
         merge_wgrad=resolved.merge_wgrad,
+        fp8=resolved.experts == "fp8",
     )
     pool.initialise(config.train.seed, *expert_stds(config))
     shared_router = SharedRouter(config.moe, device)

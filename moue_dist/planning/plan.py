@@ -129,7 +129,7 @@ def _plan(config: Config, world: int, device: Device, memory_gib: float | None) 
         parameters=counts,
         flops=flops,
         stages=tuple(stages),
-        pool=build_pool_plan(config, mesh, placement, use),
+        pool=build_pool_plan(config, mesh, placement, resolved, use),
         device=device.name,
         memory_gib=device.memory_gib if memory_gib is None else memory_gib,
         misfit=None,

@@ -14,6 +14,8 @@ from moue_dist.parallel.placement.placement import Placement
 from moue_dist.parallel.placement.planner import Kind
 from moue_dist.planning.memory.in_flight import lock_step_lag
 from moue_dist.planning.memory.sizes import GIB
+from moue_dist.refusals.fp8 import check_fp8
+from moue_dist.refusals.machine import Resolved
 from moue_dist.refusals.placement import check_placement
 
 
@@ -39,14 +41,16 @@ class PoolPlan:
     choices: tuple[Choice, ...]
 
 
-def build_pool_plan(config: Config, mesh: Mesh, placement: Placement, use: Floats | None = None) -> PoolPlan:
+def build_pool_plan(
+    config: Config, mesh: Mesh, placement: Placement, resolved: Resolved, use: Floats | None = None
+) -> PoolPlan:
     """`placement` is the configuration's own; `use` [L, P] are measured tokens, None an even spread."""
     return PoolPlan(
         placement=config.parallel.placement,
         world=mesh.world,
         replica_groups=len(placement.stage_sets()),
         traffic=expected_traffic(config, mesh, placement, use),
-        choices=tuple(_choices(config, mesh, use)) if mesh.pipeline > 1 else (),
+        choices=tuple(_choices(config, mesh, resolved, use)) if mesh.pipeline > 1 else (),
     )
 
 
@@ -86,7 +90,7 @@ def with_placement(config: Config, placement: Kind, budget_gib: float = 0.0) -> 
     return dataclasses.replace(config, parallel=parallel)
 
 
-def _choices(config: Config, mesh: Mesh, use: Floats | None) -> list[Choice]:
+def _choices(config: Config, mesh: Mesh, resolved: Resolved, use: Floats | None) -> list[Choice]:
     """The three placements; hybrid with the configuration's budget, else halfway between the two others."""
     found: list[Choice] = []
     kinds: tuple[Kind, ...] = ("replicate", "home", "hybrid")
@@ -98,6 +102,7 @@ def _choices(config: Config, mesh: Mesh, use: Floats | None) -> list[Choice]:
         variant = with_placement(config, kind, budget)
         try:
             check_placement(variant)
+            check_fp8(variant, resolved.fp8_recipe, resolved.experts)
             refused = False
         except ConfigError:
             refused = True

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from moue_dist.config import Config, refuse
-from moue_dist.config.devices import Device, fp8_recipes
+from moue_dist.config.devices import Device, fp8_recipes, grouped_fp8
 from moue_dist.kernels.sizes import check_sizes, sizes_fit
+from moue_dist.refusals.fp8 import check_fp8
 
 
 class Resolved(NamedTuple):
@@ -14,7 +15,7 @@ class Resolved(NamedTuple):
 
     device: Literal["cpu", "cuda"]
     transformer_engine: bool
-    experts: Literal["loop", "torch", "te"]
+    experts: Literal["loop", "torch", "fp8", "te"]
     fp8_recipe: str | None
     merge_wgrad: int = 1
     dispatch: Literal["all_to_all", "gathered", "lockstep"] = "all_to_all"
@@ -44,7 +45,8 @@ def resolve(config: Config, cuda: bool, device: Device | None, te_installed: boo
         t.precision != "fp8" and t.fp8_recipe != "auto",
         f"train.fp8_recipe={t.fp8_recipe} is only for train.precision=fp8, not {t.precision}; set it to auto",
     )
-    experts = _experts(config, where, te)
+    experts = _experts(config, where, te, device)
+    check_fp8(config, recipe, experts)
     return Resolved(where, te, experts, recipe, _merge_wgrad(config, where, experts), _dispatch(config, experts))
 
 
@@ -59,7 +61,7 @@ def _merge_wgrad(config: Config, where: str, experts: str) -> int:
     if asked:
         return asked
     shared = config.moe_layers * config.topology().window > config.moe.pool
-    return MERGED if where == "cuda" and experts == "torch" and shared else 1
+    return MERGED if where == "cuda" and experts in ("torch", "fp8") and shared else 1
 
 
 def _dispatch(config: Config, experts: str) -> Literal["all_to_all", "gathered", "lockstep"]:
@@ -83,7 +85,7 @@ def _dispatch(config: Config, experts: str) -> Literal["all_to_all", "gathered",
 
 
 def _fp8_recipe(config: Config, where: str, device: Device | None, te: bool) -> str:
-    t, m, e = config.train, config.model, config.moe
+    t = config.train
     refuse(where == "cpu", "train.precision=fp8 needs a GPU that computes in FP8; use fp32 or bf16 on a CPU")
     name = device.name if device else "this GPU"
     able = fp8_recipes(device.capability) if device else ()
@@ -101,37 +103,30 @@ def _fp8_recipe(config: Config, where: str, device: Device | None, te: bool) -> 
         recipe not in able,
         f"train.fp8_recipe={recipe} is not one that {name} computes ({', '.join(able)}); set it to auto",
     )
-    refuse(
-        config.parallel.recompute == "selective",
-        "parallel.recompute=selective is not proven with train.precision=fp8; use none or full",
-    )
-    unit = {"mxfp8": 32, "blockwise": 128}.get(recipe, 16)
-    tokens = m.sequence_length * t.micro_batch_size // config.parallel.tensor_parallel
-    for label, value in (
-        ("model.hidden_size", m.hidden_size),
-        ("moe.expert_width", e.expert_width),
-        ("moe.shared_expert_width", e.shared_expert_width),
-        ("model.ffn_hidden_size", m.ffn_hidden_size or 4 * m.hidden_size),
-        ("tokens of a microbatch on one rank (model.sequence_length x train.micro_batch_size)", tokens),
-    ):
-        refuse(
-            value % unit != 0,
-            f"{label}={value} is not a multiple of {unit}, which FP8 ({recipe}) needs; change it or use bf16",
-        )
     return recipe
 
 
-def _experts(config: Config, where: str, te: bool) -> Literal["loop", "torch", "te"]:
+def _experts(config: Config, where: str, te: bool, device: Device | None) -> Literal["loop", "torch", "fp8", "te"]:
     e, precision = config.moe, config.train.precision
     bytes_a_number = 4 if precision == "fp32" else 2
     sizes = config.model.hidden_size, e.expert_width, bytes_a_number
+    scaled = device is not None and grouped_fp8(device.capability)
     if e.experts == "auto":
         if precision == "fp8":
-            return "te"
+            return "fp8" if scaled else "te"
         return "torch" if where == "cuda" and precision == "bf16" and sizes_fit("torch", *sizes) else "loop"
     refuse(
-        precision == "fp8" and e.experts != "te",
-        f"moe.experts={e.experts} cannot compute in FP8; use moe.experts=te or train.precision=bf16",
+        precision == "fp8" and e.experts not in ("fp8", "te"),
+        f"moe.experts={e.experts} cannot compute in FP8; use moe.experts=auto, fp8 or te, or train.precision=bf16",
+    )
+    refuse(
+        e.experts == "fp8" and precision != "fp8",
+        f"moe.experts=fp8 is for train.precision=fp8, not {precision}; use moe.experts=auto",
+    )
+    refuse(
+        e.experts == "fp8" and not scaled,
+        f"moe.experts=fp8 needs a Hopper GPU, which {device.name if device else 'this GPU'} is not; use moe.experts=te "
+        "or train.precision=bf16",
     )
     refuse(
         e.experts == "te" and (where == "cpu" or precision == "fp32"),

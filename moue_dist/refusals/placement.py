@@ -37,10 +37,6 @@ def check_placement(config: Config) -> None:
         f"parallel.recompute=selective is not proven with {chosen}; use none or full {way_out}",
     )
     refuse(
-        config.train.precision == "fp8",
-        f"train.precision=fp8 is not proven with {chosen}; use bf16 {way_out}",
-    )
-    refuse(
         config.moe.pool < cells,
         f"{chosen} gives each of parallel.pipeline_parallel={p.pipeline_parallel} x parallel.expert_parallel="
         f"{p.expert_parallel} = {cells} cells a part of the pool, but moe.pool={config.moe.pool} is smaller; lower a "

@@ -82,7 +82,7 @@ def move_pool(system: System, placement: Placement, step: int) -> Moved:
     staged = moving.put_aside(move, rank, old.buffer, states[0])
     dtype = old.buffer.weight.dtype
     gone = [tensor for shares in states[0].values() for tensor in shares]
-    moving.release([old.buffer.weight, old.buffer.grad, *gone])
+    moving.release([old.buffer.weight, old.buffer.grad, *gone, *(old.fp8.tensors() if old.fp8 else [])])
 
     pool = ExpertPool(
         placement,
@@ -94,6 +94,7 @@ def move_pool(system: System, placement: Placement, step: int) -> Moved:
         dtype=dtype,
         device=system.device,
         merge_wgrad=old.sums.layers,
+        fp8=old.fp8 is not None,
     )
     shared = shared_optimizer(system.config, [pool.buffer, *shared.buffers[1:]])
     for i, kept in enumerate(states[1:], start=1):

@@ -70,6 +70,7 @@ def _gradients(system: System, microbatches: Sequence[Batch], timeline: Timeline
         context.exchange.begin_step(timeline)
         system.dense.zero_grad()
         system.shared.zero_grad()
+        context.pool.ready()
         losses = _run(system, microbatches, forward_only=False, timeline=timeline)
         if not context.exchange.make_room(system.groups.world):
             return losses
@@ -79,6 +80,7 @@ def _gradients(system: System, microbatches: Sequence[Batch], timeline: Timeline
 def evaluate(system: System, batches: Sequence[Sequence[Batch]]) -> float:
     """Mean loss in nats per token over global batches, equal on all ranks."""
     system.shared.finish()
+    system.context.pool.ready()
     for chunk in system.dense.chunks:
         chunk.eval()
     means = []

@@ -132,8 +132,7 @@ class _Gathered(torch.autograd.Function):
             slab, order.counts_n, capacity, backend=exchange.backend, live=order.live if exchange.ranks > 1 else None
         )
         x_nd = begun.wait()
-        x_cd = gather_rows(x_nd, order.source_c, live=rows.live)
-        y_cd, z_c2f = weighted.forward(rows, x_cd)
+        y_cd, z_c2f = weighted.forward(rows, x_nd, order.source_c)
         ctx.layer, ctx.rows, ctx.weight_dtype = layer, rows, weight_tk.dtype
         ctx.save_for_backward(
             x_nd, None if exchange.recompute else z_c2f, order.source_c, order.weight_c, order.position_tk
@@ -146,9 +145,8 @@ class _Gathered(torch.autograd.Function):
         exchange, rows = ctx.layer.exchange, ctx.rows
         x_nd, z_c2f, source_c, weight_c, position_nk = ctx.saved_tensors
         dy_nd = _gather(exchange, dy_td.contiguous())
-        x_cd = gather_rows(x_nd, source_c, live=rows.live)
-        dy_cd = gather_rows(dy_nd.wait(), source_c, live=rows.live)
-        dx_cd, dweight_c, add = weighted.backward(rows, x_cd, z_c2f, dy_cd, weight_c)
+        x_cd = rows.fetch(x_nd, source_c)
+        dx_cd, dweight_c, add = weighted.backward(rows, x_cd, z_c2f, dy_nd.wait(), source_c, weight_c)
         dweight_nk = gather_rows(dweight_c[:, None], position_nk.reshape(-1)).view(position_nk.shape)
         dweight_tk = _scatter_sum(exchange, dweight_nk)
         dx_td = _scatter_sum(exchange, gather_sum(dx_cd, position_nk))

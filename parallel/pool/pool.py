@@ -12,6 +12,7 @@ import torch
 
 from moue_dist.kernels.experts.mlp import ExpertSlab
 from moue_dist.kernels.experts.wgrad import WeightGradients
+from moue_dist.kernels.fp8.pool import QuantisedPool
 from moue_dist.parallel.groups import Groups
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.placement.placement import Placement, pieces_of_a_row, spans
@@ -33,8 +34,12 @@ class ExpertPool:
         dtype: torch.dtype,
         device: torch.device,
         merge_wgrad: int = 1,
+        fp8: bool = False,
     ) -> None:
-        """`merge_wgrad`: layers whose weight gradients are added in one pass (`kernels/experts/wgrad.py`)."""
+        """`merge_wgrad`: layers whose weight gradients are added in one pass (`kernels/experts/wgrad.py`).
+
+        `fp8` holds the weights in FP8, too (`kernels/fp8/pool.py`).
+        """
         me = mesh.coords(rank)
         self.placement, self.hidden, self.width, self.ep_rank = placement, hidden, width, me.ep
         self.ids = placement.rows(me.pp, me.ep)
@@ -50,13 +55,18 @@ class ExpertPool:
             device=device,
             grad_scale=1.0 / mesh.data,  # the mean over the dense data ranks, whatever the number of replicas
         )
+        self.fp8 = QuantisedPool(self.buffer, hidden, width) if fp8 else None
+
+    def ready(self) -> None:
+        """Before layers use the pool in a step or an evaluation: what is made of the weights is made of these."""
+        if self.fp8 is not None:
+            self.fp8.refresh()
 
     def slab(self, visible: Sequence[int]) -> ExpertSlab:
         """The view a layer computes with: those of its `visible` experts (ascending) that live in this cell."""
         mine = [e for e in visible if self.placement.columns[e] == self.ep_rank]
-        return ExpertSlab(
-            self.buffer.weight, self.buffer.grad, self.hidden, self.width, spans(self.ids, mine), self.sums
-        )
+        seen = spans(self.ids, mine)
+        return ExpertSlab(self.buffer.weight, self.buffer.grad, self.hidden, self.width, seen, self.sums, self.fp8)
 
     @torch.no_grad()
     def initialise(self, seed: int, std_in: float, std_out: float) -> None:
@@ -69,3 +79,4 @@ class ExpertPool:
             values[:split] *= std_in
             values[split:] *= std_out
             row.copy_(values)
+        self.buffer.version += 1

@@ -80,6 +80,7 @@ class SyncedBuffer:
             Span(a * row, b * row, math.ceil((b - a) * pieces / g.size) * unit, g) for a, b, g in segments if b > a
         )
         self.pending: Pending | None = None  # an update of the weights that this rank's worker is at
+        self.version = 0  # of the weights: whoever writes to them raises it, so that nobody keeps what was made of them
 
     def settle(self) -> None:
         """End the update that is under way, if there is one, on all replicas (collective).
@@ -126,7 +127,8 @@ class SyncedBuffer:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Give every replica the shares of all: afterwards the replicas are bit-equal."""
+        """Give every replica the shares of all; replicas are bit-equal afterwards. Every write to a share ends here."""
+        self.version += 1
         flat = self.weight.view(-1)
         for span, share in zip(self.spans, self.shares(self.weight), strict=True):
             group = span.replicas.group

@@ -69,13 +69,16 @@ def microbatches(config: Config, step_tokens: Tensor, dp: int, data: int) -> lis
 # Inside the ranks.
 
 
-def build(config: Config) -> Any:
-    """This rank's system; `parallel.megatron.shut_down` ends it."""
+def build(config: Config, experts: str = "") -> Any:
+    """This rank's system; `parallel.megatron.shut_down` ends it. `experts`: their backend, if not the chosen one."""
     cpu_host.install()
     from moue_dist.model.build import build_system
 
     world = dist.get_world_size()
-    system = build_system(config, dist.get_rank(), world, validate(config, world, cuda=False))
+    resolved = validate(config, world, cuda=False)
+    if experts:
+        resolved = resolved._replace(experts=experts)  # type: ignore[arg-type]
+    system = build_system(config, dist.get_rank(), world, resolved)
     liven(system)
     return system
 
@@ -115,11 +118,13 @@ def train(
     load: Path | None = None,
     save: Path | None = None,
     check_every: int = 0,
+    experts: str = "",
 ) -> Trained:
     """Build the layout, train steps `start` to `stop` of a run of `train.steps` steps, return losses and weights.
 
     `load` and `save` are checkpoint folders; `kill` are experts that the loss-free bias hides from the router;
-    `check_every` is the interval in steps of the replicas' bit-equality check, which also ends the run.
+    `check_every` is the interval in steps of the replicas' bit-equality check, which also ends the run; `experts` as in
+    `build`.
     """
     from moue_dist.checkpoint import store
     from moue_dist.checkpoint.description import Position, newest
@@ -127,7 +132,7 @@ def train(
     from moue_dist.parallel.pool.synced import check_replicas
     from moue_dist.training.step import train_step
 
-    system = build(config)
+    system = build(config, experts)
     try:
         system.context.balance.bias[list(kill)] = -1e9
         if load is not None:

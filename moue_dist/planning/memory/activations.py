@@ -21,16 +21,17 @@ Kept for backward by one layer and microbatch:
                                          room, R with one expert rank
                 E u d b                  the tokens of all E expert ranks (with one: the router's input)
                 8 C + 4 E R              rows' tokens and weights, their places
-      all to    R d q                    rows as the experts received them
+      all to    R d b                    rows as the experts received them (R d q with moe.experts=te)
       all       R 2f b                   pre-activations (not with recompute=selective)
                 R f q                    activations (only moe.experts=te; the others compute them again)
                 R d b                    the experts' outputs, for the gradient of the routing weights
                 60 R                     indices and routing weights (in lock step, too)
-                2 n 3 d f                FP8 copies of the visible experts' weights, both layouts (FP8 only)
+                2 n 3 d f                FP8 copies of the visible experts' weights (FP8 with moe.experts=te)
     shared      u d q + t/TP 3 e b       copy of the input (FP8; else the router's), pre-activation, activation
     dense FFN   u d (b + q) + t 3 F b/TP likewise
 Waiting: moe.merge_wgrad = m layers' rows, their gradients and activations, R (2d + 3f) b each (gathered: C), until
 their weight gradients are added; those of m - 1 layers beyond what the layers have freed by then.
+moe.experts=fp8 keeps no rows in FP8 beyond the next product; its weights in FP8 stand beside the pool (`weights.py`).
 With recompute=full a layer keeps its input u d b and state 4 u r, and its own backward has the rest once.
 
 In lock step (parallel.placement=home or hybrid) a layer keeps no rows, pre-activations, activations or outputs of
@@ -74,10 +75,10 @@ def layer_activations(config: Config, mesh: Mesh, layer: int, share: Share, reso
     else:
         kept += rows * INDEX_BYTES
     if resolved.dispatch == "all_to_all":
-        kept += rows * (d * q + d * b)
+        kept += rows * (d * (q if resolved.experts == "te" else b) + d * b)
         kept += 0 if config.parallel.recompute == "selective" else rows * 2 * f * b
         kept += rows * f * q if resolved.experts == "te" else 0
-    if config.train.precision == "fp8":
+    if config.train.precision == "fp8" and resolved.experts == "te":
         kept += 2 * visible_experts(config, mesh) * LayerParameters.of(config).expert
     if e.shared_expert_width:
         kept += (u * d * q if q < b else 0) + u * 3 * e.shared_expert_width * b
@@ -106,6 +107,7 @@ def workspace_of(config: Config, mesh: Mesh, layer: int, share: Share, resolved:
 
     MoE: the gradients of outputs (in the place of the freed outputs), activations, pre-activations and inputs of the
     rows; on a CPU with moe.experts=torch also one weight gradient in model type before it is added to the fp32 buffer.
+    With moe.experts=fp8 the pre-activations' gradients in FP8 take the place of the activations' once those are used.
     """
     e, b, u = config.moe, number_bytes(config), tokens_of(config) // mesh.tensor
     d = config.model.hidden_size
@@ -118,7 +120,8 @@ def workspace_of(config: Config, mesh: Mesh, layer: int, share: Share, resolved:
     exchanged = rows * d * b if mesh.expert > 1 else 0
     if resolved.dispatch == "gathered":  # rows again, and the gradients of all ranks' tokens, out and in
         exchanged = rows * d * b + (2 * mesh.expert * u * d * b if mesh.expert > 1 else 0)
-    return rows * 4 * f * b + max(rows * d * b, weight_gradient) + recomputed + exchanged
+    both = rows * 2 * f if resolved.experts == "fp8" else 0  # while one is made of the other
+    return rows * 4 * f * b + max(rows * d * b, weight_gradient, both) + recomputed + exchanged
 
 
 def round_workspace(config: Config, mesh: Mesh, met: int, *, forward: bool) -> int:

@@ -36,7 +36,7 @@ def rank_bytes(
 
     `use` [L, P] are measured tokens (None: an even spread); they decide what lock step brings to each rank's experts.
     """
-    weights = weight_bytes(config, mesh, placement, share)
+    weights = weight_bytes(config, mesh, placement, share, resolved)
     layers = {layer: layer_activations(config, mesh, layer, share, resolved) for layer in share.layers}
     kept = kept_of_layers(config, mesh, layers)
     flight = chunks_in_flight(mesh, share.stage, microbatches, lock_step_lag(config))

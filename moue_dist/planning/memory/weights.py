@@ -1,4 +1,8 @@
-"""Weights, gradients and optimizer state of one rank: dense ones, the pool's, the routers' shared ones."""
+"""Weights, gradients and optimizer state of one rank: dense ones, the pool's, the routers' shared ones.
+
+With moe.experts=fp8 the pool's weights are held in e4m3, too, in both layouts: 2 bytes a weight, and 4 (3f + 2d) bytes
+of scales an expert, d hidden and f expert width. Transformer Engine's linears hold theirs likewise.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,10 @@ from moue_dist.parallel.placement.placement import Placement
 from moue_dist.parallel.pool.host_limits import adam_bytes
 from moue_dist.planning.flops import LayerParameters, shared_router_parameters
 from moue_dist.planning.memory.sizes import Share, number_bytes
+from moue_dist.refusals.machine import Resolved
 
 
-def weight_bytes(config: Config, mesh: Mesh, placement: Placement, share: Share) -> dict[str, int]:
+def weight_bytes(config: Config, mesh: Mesh, placement: Placement, share: Share, resolved: Resolved) -> dict[str, int]:
     """Bytes by component; the components are those of `peak.rank_bytes`."""
     b = number_bytes(config)
     optimizer = 8 if b == 4 else 12  # two fp32 moments, and an fp32 master copy unless the weight is fp32 itself
@@ -24,11 +29,14 @@ def weight_bytes(config: Config, mesh: Mesh, placement: Placement, share: Share)
     mine = {part: int(size[share.stage, share.expert_rank]) for part, size in pool.items()}
     sharded = mesh.data if config.parallel.distributed_optimizer else 1
     fp8_copies = 2 * _te_linears(config, mesh, share) if config.train.precision == "fp8" else 0
+    d, f = config.model.hidden_size, config.moe.expert_width
+    experts = mine["weights"] // (3 * d * f * b) if resolved.experts == "fp8" else 0
     return {
         "dense weights": dense * b + fp8_copies,
         "dense gradients": dense * 4,
         "dense optimizer": dense * optimizer // sharded,
         "pool weights": mine["weights"],
+        "pool weights in FP8": experts * (2 * 3 * d * f + 4 * (3 * f + 2 * d)),
         "pool gradients": mine["gradients"],
         "pool optimizer": mine["optimizer"],
         "shared router": router * 8 + router * 8 // mesh.world,  # always fp32

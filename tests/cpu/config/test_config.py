@@ -14,6 +14,7 @@ from moue_dist.cli import main
 from moue_dist.config import Config, ConfigError, MoEConfig, ParallelConfig
 from moue_dist.config.devices import Device, describe_device, find_device, fp8_recipes
 from moue_dist.config.load import all_keys, dump_config, load_config
+from moue_dist.refusals.machine import MERGED
 from moue_dist.refusals.validate import validate
 from tests.ranks.spawn import ROOT
 
@@ -176,6 +177,8 @@ def refusal(words: str, world: int | None = None, base: str | None = None, **mac
 
 
 ON_H200 = {"cuda": True, "device": H200, "transformer_engine": True}
+ON_B200 = {"cuda": True, "device": Device("B200", (10, 0), 178.0), "transformer_engine": True}
+HOME, TE = "--parallel.placement home", "--moe.experts te --moe.expert-width 128"
 ROTATION = "--moe.topology rotational --moe.window 16 --moe.stride 8"
 
 
@@ -267,10 +270,16 @@ def test_refused_on_these_processes(words: str, world: int, parts: tuple[str, ..
         ("", {"cuda": True, "device": H200}, ("Transformer Engine", "extra 'gpu'")),
         ("--train.transformer-engine off", ON_H200, ("Transformer Engine", "train.transformer_engine")),
         ("--train.fp8-recipe mxfp8", ON_H200, ("train.fp8_recipe=mxfp8", "blockwise")),
-        ("--parallel.recompute selective", ON_H200, ("parallel.recompute=selective is not proven",)),
-        ("--moe.expert-width 64", ON_H200, ("moe.expert_width=64 is not a multiple of 128",)),
+        (f"{TE} --parallel.recompute selective", ON_H200, ("selective is not proven", "moe.experts=te", "Hopper")),
+        ("--moe.experts te --moe.expert-width 64", ON_H200, ("moe.expert_width=64 is not a multiple of 128",)),
+        ("--moe.expert-width 72", ON_H200, ("moe.expert_width=72 is not a multiple of 16",)),
         ("--moe.expert-width 72 --train.fp8-recipe tensorwise", ON_H200, ("moe.expert_width=72", "multiple of 16")),
-        ("--moe.expert-width 128 --moe.experts torch", ON_H200, ("moe.experts=torch cannot compute in FP8",)),
+        ("--moe.experts torch", ON_H200, ("moe.experts=torch cannot compute in FP8", "moe.experts=auto, fp8 or te")),
+        ("--moe.experts fp8", ON_B200, ("moe.experts=fp8 needs a Hopper GPU, which B200 is not", "moe.experts=te")),
+        (f"{TE} {HOME}", ON_H200, ("parallel.placement=home and moe.experts=te", "moe.experts=fp8")),
+        (HOME, ON_B200, ("parallel.placement=home and moe.experts=te", "parallel.placement=replicate")),
+        (f"{HOME} --train.fp8-recipe tensorwise", ON_H200, ("home and train.fp8_recipe=tensorwise", "use blockwise")),
+        (f"{HOME} --parallel.recompute full", ON_H200, ("parallel.recompute=full", "parallel.lag=0")),
     ],
 )
 def test_fp8_is_refused_where_it_is_not_computed(words: str, machine: dict, parts: tuple[str, ...]) -> None:
@@ -315,7 +324,27 @@ def test_auto_becomes_what_the_machine_has() -> None:
     assert validate(bf16, 1, **ON_H200)[:4] == ("cuda", True, "torch", None)  # type: ignore[arg-type]
     assert validate(bf16, 1, cuda=False)[:4] == ("cpu", False, "loop", None)
     fp8 = load_config(None, ["--train.precision", "fp8", *wide])
-    assert validate(fp8, 1, **ON_H200)[:4] == ("cuda", True, "te", "blockwise")  # type: ignore[arg-type]
+    assert validate(fp8, 1, **ON_H200)[:4] == ("cuda", True, "fp8", "blockwise")  # type: ignore[arg-type]
+    assert validate(fp8, 1, **ON_H200).dispatch == "gathered"  # type: ignore[arg-type]
+    assert validate(fp8, 1, **ON_B200)[:4] == ("cuda", True, "te", "mxfp8")  # type: ignore[arg-type]
+    shared = load_config(None, ["--train.precision", "fp8", "--moe.topology", "full"])
+    assert validate(shared, 1, **ON_H200).merge_wgrad == MERGED  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--parallel.recompute selective",
+        "--moe.expert-width 48",
+        HOME,
+        "--parallel.placement hybrid --parallel.pool-budget-gib 1",
+        f"{HOME} --parallel.recompute full --parallel.lag 0",
+        "--moe.experts te --moe.expert-width 128 --parallel.recompute full",
+    ],
+)
+def test_fp8_goes_with_what_is_proven_of_it(words: str) -> None:
+    config = load_config(None, f"--train.precision fp8 {words}".split())
+    assert validate(config, 1, **ON_H200).fp8_recipe == "blockwise"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +356,9 @@ def test_auto_becomes_what_the_machine_has() -> None:
         ("--train.precision bf16", ON_H200, "torch"),
         ("--train.precision bf16 --moe.expert-width 68", ON_H200, "loop"),  # 136 bytes
         ("--train.precision bf16 --model.hidden-size 132 --model.heads 1", ON_H200, "loop"),
-        ("--train.precision fp8 --moe.expert-width 128", ON_H200, "te"),
+        ("--train.precision fp8", ON_H200, "fp8"),
+        ("--train.precision fp8 --moe.expert-width 128", ON_B200, "te"),
+        ("--train.precision fp8 --moe.expert-width 128 --moe.experts te", ON_H200, "te"),
         ("--moe.experts torch", {"cuda": False}, "torch"),
         ("--moe.experts loop --train.precision bf16", ON_H200, "loop"),
         ("--moe.experts te --train.precision bf16", ON_H200, "te"),
@@ -345,6 +376,8 @@ def test_experts_are_computed_by(words: str, machine: dict, experts: str) -> Non
         ("--moe.experts torch --moe.expert-width 68 --train.precision bf16", ON_H200, "multiples of 8"),
         ("--moe.experts te --moe.expert-width 72 --train.precision bf16", ON_H200, "multiples of 16"),
         ("--moe.experts te", ON_H200, "moe.experts=loop"),
+        ("--moe.experts fp8 --train.precision bf16", ON_H200, "moe.experts=fp8 is for train.precision=fp8, not bf16"),
+        ("--moe.experts fp8", {"cuda": False}, "moe.experts=fp8 is for train.precision=fp8, not fp32"),
         ("--moe.experts te --train.precision bf16", {"cuda": True, "device": H200}, "extra 'gpu'"),
     ],
 )

@@ -5,6 +5,7 @@ Triton decides at import whether it interprets, so its cases run in a process of
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moue_dist.kernels.backend import has_triton
+from moue_dist.kernels.backend import ExpertBackend, has_triton
 from moue_dist.kernels.experts import weighted
 from moue_dist.kernels.experts.mlp import ExpertSlab, expert_mlp
 from moue_dist.kernels.experts.swiglu import swiglu_forward, swiglu_weighted_backward
+from moue_dist.kernels.fp8.pool import QuantisedPool
 from moue_dist.kernels.rows.order import LocalOrder, order_local
 from moue_dist.kernels.rows.permute import gather_rows, gather_sum
+from tests.cpu.kernels.test_fp8 import Held
 
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "pyproject.toml").exists())
 
@@ -90,29 +93,32 @@ def test_weighted_rows_with_room_have_the_gradients_of_autograd(keep: bool, span
     slab.grad.zero_()
 
     described = weighted.rows_of(slab, order.counts_n, capacity, backend="loop", live=order.live)
-    x_c, dy_c = (poisoned(gather_rows(t.detach(), order.source_c), live) for t in (x, dy))
-    out, z = weighted.forward(described, x_c)
+    out, z = weighted.forward(described, x.detach(), order.source_c)
     w_c = torch.zeros(capacity, dtype=torch.float64)
     w_c[:live] = weight.detach().reshape(-1)[(position.reshape(-1) >= 0).nonzero()[:, 0]][
         position.reshape(-1)[position.reshape(-1) >= 0].argsort()
     ]
     torch.testing.assert_close(gather_sum(poisoned(out, live), position, weight.detach()), y.detach())
-    dx_c, dw_c, add = weighted.backward(described, x_c, z if keep else None, dy_c, w_c)
+    x_c = poisoned(described.fetch(x.detach(), order.source_c), live)
+    z = poisoned(z, live) if keep else None
+    dx_c, dw_c, add = weighted.backward(described, x_c, z, dy, order.source_c, w_c)
     add()
     torch.testing.assert_close(gather_sum(poisoned(dx_c, live), position), x.grad)
     torch.testing.assert_close(gather_rows(dw_c[:, None], position.reshape(-1)).view(11, 2), weight.grad)
     torch.testing.assert_close(slab.grad, expected)
 
 
-def test_a_layer_without_experts_here_gives_nothing() -> None:
-    slab = slab_of(5, 6, 4, ())
+@pytest.mark.parametrize("backend", ["loop", "fp8"])
+def test_a_layer_without_experts_here_gives_nothing(backend: ExpertBackend) -> None:
+    slab = slab_of(5, 16, 16, ())
+    slab = dataclasses.replace(slab, fp8=QuantisedPool(Held(slab.weight), 16, 16))
     ids, weight, local = choices(11, 2, 6, [])
     order = order_local(ids, weight, local, 0, 8)
-    rows = weighted.rows_of(slab, order.counts_n, 8, backend="loop", live=order.live)
-    x = torch.randn(8, 6, dtype=torch.float64)
-    out, z = weighted.forward(rows, x)
+    rows = weighted.rows_of(slab, order.counts_n, 8, backend=backend, live=order.live)
+    x = torch.randn(11, 16, dtype=torch.float64)
+    out, z = weighted.forward(rows, x, order.source_c)
     assert not gather_sum(out, order.position_tk, weight.double()).any()
-    dx, dweight, add = weighted.backward(rows, x, z, x, order.weight_c.double())
+    dx, dweight, add = weighted.backward(rows, x[:8], z, x, order.source_c, order.weight_c.double())
     add()
     assert not gather_sum(dx, order.position_tk).any() and not slab.grad.any()
     assert not gather_rows(dweight[:, None], order.position_tk.reshape(-1)).any()

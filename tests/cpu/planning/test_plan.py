@@ -236,6 +236,31 @@ def test_weights_of_the_7b_on_one_gpu_by_hand() -> None:
     assert (one["pool weights"], one["pool gradients"], one["pool optimizer"]) == (2 * pool, 4 * pool, 12 * pool)
 
 
+def test_fp8_of_the_7b_on_one_gpu_by_hand() -> None:
+    """Our experts hold the pool twice more in a byte; Transformer Engine's hold what each layer and microbatch sees."""
+    flat = ("--parallel.pipeline-parallel", "1", "--parallel.expert-parallel", "1")
+    flat = (*flat, "--moe.dispatch", "all_to_all", "--train.precision")
+    bf16, ours, te = seven(*flat, "bf16"), seven(*flat, "fp8"), seven(*flat, "fp8", "--moe.experts", "te")
+    an_expert, scales = 3 * 2048 * 1024, 2 * 1024 + 2048 + 2048 + 1024
+    part = "pool weights in FP8"
+    assert (bf16[part], te[part], ours[part]) == (0, 0, 1024 * (2 * an_expert + 4 * scales))
+    assert ours["pool weights"] == bf16["pool weights"]
+    rows = 4096 * 8
+    assert ours["activations"] == bf16["activations"], "attention keeps one input in a byte less, another in one more"
+    kept_by_te = rows * (1024 - 2048) + 2 * 256 * an_expert  # activations, inputs in a byte less, weights
+    assert te["activations"] - ours["activations"] == 16 * kept_by_te
+
+
+def test_quantised_weights_take_what_is_planned() -> None:
+    import torch
+
+    from moue_dist.kernels.fp8.pool import QuantisedPool
+    from tests.cpu.kernels.test_fp8 import Held
+
+    found = QuantisedPool(Held(torch.zeros(5, 3 * 64 * 32)), hidden=64, width=32).tensors()
+    assert sum(t.nbytes for t in found) == 5 * (2 * 3 * 64 * 32 + 4 * (3 * 32 + 2 * 64))
+
+
 def test_what_makes_memory_smaller() -> None:
     flat = ("--parallel.pipeline-parallel", "1", "--parallel.expert-parallel")
     one, four = seven(*flat, "1"), seven(*flat, "4")

@@ -31,7 +31,7 @@ TINY, SEVEN = (str(ROOT / "configs" / name) for name in ("tiny.yaml", "moue_7b.y
         ("--parallel.replace-interval 5", "parallel.placement=home"),
         ("--parallel.placement home --parallel.virtual-stages 2", "virtual_stages=1"),
         ("--parallel.placement home --parallel.recompute selective", "use none or full"),
-        ("--parallel.placement home --train.precision fp8", "use bf16"),
+        ("--parallel.placement home --train.precision fp8 --moe.experts te --moe.expert-width 128", "use bf16"),
         ("--parallel.placement home --moe.pool 2 --moe.window 2 --moe.stride 1 --moe.top-k 1", "moe.pool=2 is smaller"),
         ("--parallel.placement hybrid --parallel.pool-budget-gib 0.0001", "one home for each expert already takes"),
     ],
