@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from moue_dist.training.move_pool import move_by_use
 from moue_dist.training.step import StepResult, TrainingError, evaluate, train_step
 
 GIB = 2**30
+GARBAGE_STEPS = 50  # between two collections
 
 
 def train_loop(system: System, run_dir: Path, *, device_name: str) -> None:
@@ -97,11 +101,12 @@ class _Loop:
             self.bar.note(f"already trained: step {self.done.step} of train.steps={total}")
             return
         after_steps = self._after_steps()
-        for step in range(self.done.step, total):
-            finished = self._train(step)
-            for when, what in after_steps:
-                if when.due(finished.number, total):
-                    what(finished)
+        with _own_garbage_days():
+            for step in range(self.done.step, total):
+                finished = self._train(step)
+                for when, what in after_steps:
+                    if when.due(finished.number, total):
+                        what(finished)
 
     def _after_steps(self) -> list[tuple[Every, Callable[[_Finished], None]]]:
         """What is done after steps, in this order, and when."""
@@ -112,6 +117,7 @@ class _Loop:
             (Every(t.eval_interval, last="always"), self._validate),
             (Every(t.save_interval, last="always"), self._save),
             (Every(p.replace_interval, last="never"), self._move_pool),
+            (Every(GARBAGE_STEPS), self._collect_garbage),
         ]
 
     def _train(self, step: int) -> _Finished:
@@ -119,10 +125,9 @@ class _Loop:
         system = self.system
         microbatches = self.batches.microbatches(step, system.coord.dp, system.mesh.data)
         with self.slots.step(step) as timeline:
-            torch.cuda.synchronize()
+            # A step ends when the host has read its numbers, which the device computes last: no waiting here.
             self.meter.start()
             result = train_step(system, microbatches, step, timeline)
-            torch.cuda.synchronize()
             rates = self.meter.stop()
         self.done = Position(step + 1, self.done.tokens + self.meter.tokens_per_step)
         self.counts_lp = result.counts_lp if self.counts_lp is None else self.counts_lp + result.counts_lp
@@ -156,14 +161,13 @@ class _Loop:
         self._tokens_since_reading = self.meter.tokens_per_step * system.config.train.log_interval
         if system.device.type != "cuda":
             return _peak_host_memory(), None, None
-        known = reading.watts is not None and reading.joules is not None
-        mine = [reading.watts if known else 0.0, reading.joules if known else 0.0, float(known)]
-        sums = torch.tensor(mine, dtype=torch.float64, device=system.device)
-        peak = torch.tensor([torch.cuda.max_memory_allocated() / GIB], device=system.device)
-        dist.all_reduce(sums, group=system.groups.world)
-        dist.all_reduce(peak, dist.ReduceOp.MAX, group=system.groups.world)
-        watts, joules, meters = sums.tolist()
-        return float(peak), *((watts, joules) if meters == system.mesh.world else (None, None))
+        unknown = math.nan
+        mine = [torch.cuda.max_memory_allocated() / GIB, *(x or unknown for x in (reading.watts, reading.joules))]
+        everyone = torch.empty(system.mesh.world * 3, dtype=torch.float64, device=system.device)
+        dist.all_gather_into_tensor(everyone, torch.tensor(mine).to(everyone), group=system.groups.world)
+        peaks, watts, joules = everyone.view(-1, 3).t().tolist()
+        known = not any(map(math.isnan, (*watts, *joules)))
+        return max(peaks), *((sum(watts), sum(joules)) if known else (None, None))
 
     def _check_replicas(self, finished: _Finished) -> None:
         try:
@@ -193,6 +197,9 @@ class _Loop:
         self.log.event(finished.number, text)
         self.bar.note(text)
 
+    def _collect_garbage(self, finished: _Finished) -> None:
+        gc.collect()
+
     def _save(self, finished: _Finished) -> None:
         began = time.perf_counter()
         path = store.save(
@@ -201,6 +208,21 @@ class _Loop:
         text = f"saved {path} in {time.perf_counter() - began:.1f} s"
         self.log.event(finished.number, text)
         self.bar.note(text)
+
+
+@contextmanager
+def _own_garbage_days() -> Iterator[None]:
+    """Python collects garbage when asked, after the same steps on all ranks: at its own times, one rank after another
+    would keep all others waiting. What stands when training begins is not looked at again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def _open_data(system: System, run_dir: Path) -> Batches:
