@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -94,7 +94,8 @@ class RankPool:
             mine, theirs = context.Pipe()
             worker = (rank, self.world, f"{self._folder.name}/store", port, START_SECONDS + self.timeout, theirs)
             process = context.Process(target=_serve, args=worker, name=f"rank {rank}", daemon=True)
-            process.start()
+            with _importable():
+                process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(mine)
@@ -201,14 +202,26 @@ def _answer(task: bytes) -> bytes:
 def _context() -> Any:
     """Forks ranks from a server that has imported torch and megatron-core; spawns them where a GPU may be in use."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling small fusions costs minutes of start-up
-    paths = os.environ.get("PYTHONPATH", "")
-    if str(ROOT) not in paths.split(os.pathsep):  # the server does not get this process's sys.path
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), paths]))
     if Path("/dev/nvidiactl").exists():  # CUDA does not survive a fork
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.ranks.preload"])
     return context
+
+
+@contextlib.contextmanager
+def _importable() -> Iterator[None]:
+    """PYTHONPATH for what starts inside: the fork server does not get this process's sys.path. Tests that start other
+    programs get the environment as it was."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _free_port() -> int:

@@ -64,7 +64,7 @@ def _ours(system: Any, batches: list[Named]) -> Named:
     out |= {name: p.main_grad.clone() for name, p in global_names(chunk, system.layout[0])}
     shares = pool.shares(pool.grad)
     for segment, offset, length, row, piece in pool.share_units():
-        out[f"pool.{row:02}.{piece:02}"] = shares[segment][offset : offset + length].clone()
+        out[f"pool.{row:02}.{piece:02}"] = shares[segment][offset : offset + length] * pool.grad_scale
     return out
 
 

@@ -20,7 +20,7 @@ Gradients = dict[str, dict[tuple[int, int], Tensor]]  # buffer -> (global row, p
 
 
 def first_gradients(config: Config, seed: int) -> Gradients:
-    """Inside a rank: this rank's shares of the first step's reduced gradients, before clipping."""
+    """Inside a rank: this rank's shares of the first step's gradients as the optimizer takes them, before clipping."""
     from moue_dist.parallel.megatron import adapter as megatron
     from moue_dist.training.step import train_step
 
@@ -32,7 +32,7 @@ def first_gradients(config: Config, seed: int) -> Gradients:
         for buffer in system.shared.buffers:
             shares, mine = buffer.shares(buffer.grad), found.setdefault(buffer.name, {})
             for segment, offset, length, row, piece in buffer.share_units():
-                mine[row, piece] = shares[segment][offset : offset + length].clone()
+                mine[row, piece] = shares[segment][offset : offset + length] * buffer.grad_scale
         return found
     finally:
         megatron.shut_down()

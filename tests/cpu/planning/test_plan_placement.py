@@ -84,7 +84,7 @@ def test_host_memory_takes_the_optimizer_from_the_gpu() -> None:
 @pytest.mark.parametrize(
     ("gib", "said"),
     [
-        ("46", "parallel.placement=hybrid and parallel.pool_budget_gib="),
+        ("45", "parallel.placement=hybrid and parallel.pool_budget_gib="),
         ("22", "parallel.pool_optimizer=host and parallel.recompute=full"),
         ("5", "no change that was tried"),
     ],

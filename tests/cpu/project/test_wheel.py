@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ PARTS = ("pyproject.toml", "README.md", "LICENSE", "moue_dist", "parallel", "ker
 
 
 def run(*words: str | Path, cwd: Path) -> str:
-    done = subprocess.run(list(map(str, words)), cwd=cwd, capture_output=True, text=True, timeout=120)
+    """In an environment without PYTHONPATH: pip would take the checkout that it names for the package installed."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, words)), cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
