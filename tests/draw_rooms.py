@@ -21,16 +21,12 @@ INNER = {"parallel": "#f0faf2", "kernels": "#fef5ea"}
 
 @dataclass
 class Room:
-    """Files and lines of a room, the rooms inside it, and how many imports lead from one of those to another."""
+    """Files of a room, the rooms inside it, and how many imports lead from one of those to another."""
 
     top: str
     files: int = 0
-    lines: int = 0
     inside: dict[str, Room] = field(default_factory=dict)
     imports: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def add(self, lines: int) -> None:
-        self.files, self.lines = self.files + 1, self.lines + lines
 
 
 def place(module: str) -> tuple[str, str | None] | None:
@@ -49,10 +45,9 @@ def read_rooms(files: Texts) -> Room:
             continue
         name, inner = here
         room = house.inside.setdefault(name, Room(name if name in TOP else "moue_dist"))
-        lines = text.count("\n")
-        room.add(lines)
+        room.files += 1
         if inner:
-            room.inside.setdefault(inner, Room(room.top)).add(lines)
+            room.inside.setdefault(inner, Room(room.top)).files += 1
         for _, other in imports(text):
             module = other if other in known else other.rpartition(".")[0]
             if module not in known or (there := place(module)) is None:
@@ -71,9 +66,7 @@ def against(house: Room) -> set[tuple[str, str]]:
 
 
 def box(name: str, room: Room, fill: str) -> Box:
-    text = f"{max(100, round(room.lines, -2)):,} lines"
-    if room.files > 1:
-        text = f"{room.files} files · {text}"
+    text = f"{room.files} files" if room.files > 1 else ""
     if not room.inside:
         return Box(name, text, fill)
     inside = {inner: box(inner, its, INNER[room.top]) for inner, its in room.inside.items()}
