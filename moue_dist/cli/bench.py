@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         if not alone():
             raise ConfigError("moue bench rank is one process: start it without torchrun, srun or mpirun")
         if len(options.parts) == 1:
-            from moue_dist.bench.rank import run as run_rank
+            from moue_dist.bench.alone.rank import run as run_rank
 
             return run_rank(config, options)
     if len(options.parts) > 1 and alone():
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     started = start_ranks(config, args.nproc, words)
     if started is not None:
         return started
-    from moue_dist.bench.run import run as run_ranks
+    from moue_dist.bench.step.run import run as run_ranks
 
     return run_ranks(config, my_place(), options)
 

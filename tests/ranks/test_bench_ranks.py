@@ -32,7 +32,7 @@ def train_baseline(config: Config) -> tuple[list[float], dict[str, Tensor], Tens
     from moue_dist.parallel.megatron import cpu_host
 
     cpu_host.install()
-    from moue_dist.bench.baseline import Baseline, mean_losses
+    from moue_dist.bench.baseline.model import Baseline, mean_losses
     from moue_dist.parallel.megatron import adapter as megatron
 
     mesh = build_mesh(dist.get_world_size(), config.parallel)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from moue_dist.bench import result
 from moue_dist.bench.apart import measure_apart
 from moue_dist.bench.options import BenchOptions
+from moue_dist.bench.record import result
 from moue_dist.cli import main
 from moue_dist.config import Config, ConfigError, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
 from moue_dist.planning.flops import flops_per_token
@@ -185,7 +185,7 @@ def test_a_file_of_other_things_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_shape_that_megatron_core_cannot_take_is_refused() -> None:
-    from moue_dist.bench.baseline import plain_form
+    from moue_dist.bench.baseline.model import plain_form
 
     config = Config(
         model=ModelConfig(layers=4), moe=MoEConfig(pool=8, top_k=4, topology="full"), parallel=ParallelConfig()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moue_dist.bench.placements import variant
+from moue_dist.bench.step.placements import variant
 from moue_dist.config import Config
 from moue_dist.config.devices import Device
 from moue_dist.config.load import load_config

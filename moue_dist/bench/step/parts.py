@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moue_dist.bench import result
-from moue_dist.bench.placements import pool_facts
-from moue_dist.bench.setting import Setting, of_part
+from moue_dist.bench.record import result
+from moue_dist.bench.step.placements import pool_facts
+from moue_dist.bench.step.setting import Setting, of_part
 from moue_dist.config import ConfigError
 from moue_dist.config.devices import Device
 from moue_dist.parallel.megatron import cpu_host
@@ -82,7 +82,7 @@ def measure_ours(setting: Setting) -> dict[str, Any]:
     config, place = setting.config, setting.place
     system = build_system(config, place.rank, place.world_size, setting.resolved)
     if setting.rehearsed:
-        from moue_dist.bench.echoes import answer_for_others
+        from moue_dist.bench.alone.echoes import answer_for_others
 
         answer_for_others(system)
     results: list[StepResult] = []
@@ -110,7 +110,7 @@ def measure_ours(setting: Setting) -> dict[str, Any]:
 
 def measure_baseline(setting: Setting) -> dict[str, Any]:
     """The entry of megatron-core's own MoE; its load is that of one more step, which is not timed."""
-    from moue_dist.bench import baseline
+    from moue_dist.bench.baseline import model as baseline
     from moue_dist.model.balance import load_summary
     from moue_dist.parallel.megatron import adapter as megatron
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moue_dist.bench import result
 from moue_dist.bench.options import BenchOptions
-from moue_dist.bench.parts import guarded
-from moue_dist.bench.placements import variant
-from moue_dist.bench.setting import Setting, describe
+from moue_dist.bench.record import result
+from moue_dist.bench.step.parts import guarded
+from moue_dist.bench.step.placements import variant
+from moue_dist.bench.step.setting import Setting, describe
 from moue_dist.config import Config, ConfigError
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh

@@ -1,7 +1,7 @@
 """`moue bench step`: our training step, and megatron-core's own beside it, timed in one run on the same batches.
 
 Each part builds its model, takes `warmup` steps and `steps` timed ones, and gives back all that it held before the next
-part begins, the baseline first (bench/parts.py).
+part begins, the baseline first (bench/step/parts.py).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moue_dist.bench import result
 from moue_dist.bench.options import BenchOptions
-from moue_dist.bench.parts import guarded
-from moue_dist.bench.placements import variant
-from moue_dist.bench.setting import Setting, describe
+from moue_dist.bench.record import result
+from moue_dist.bench.step.parts import guarded
+from moue_dist.bench.step.placements import variant
+from moue_dist.bench.step.setting import Setting, describe
 from moue_dist.config import Config
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh
@@ -37,7 +37,7 @@ def run(config: Config, place: Place, options: BenchOptions) -> int:
     resolved, device = resolve_here(variant(config, options.parts[0], place.world_size), place)
     cpu_host.install()
     if "baseline" in options.parts:
-        from moue_dist.bench.baseline import plain_form
+        from moue_dist.bench.baseline.model import plain_form
 
         plain_form(config)  # refuses here, once for both parts
     path = Path(options.output) if options.output else None

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moue_dist.bench.options import BenchOptions
-from moue_dist.bench.placements import variant
+from moue_dist.bench.step.placements import variant
 from moue_dist.config import Config
 from moue_dist.config.devices import Device
 from moue_dist.measuring.provenance import commit, machine, versions
@@ -35,7 +35,7 @@ class Setting:
 
     @property
     def rehearsed(self) -> bool:
-        """One rank is played alone; the others are echoes of it (bench/echoes.py)."""
+        """One rank is played alone; the others are echoes of it (bench/alone/echoes.py)."""
         return dist.get_backend(self.world) == BACKEND
 
     @property

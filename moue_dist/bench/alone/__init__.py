@@ -1,0 +1,1 @@
+"""Times one rank of a larger layout, alone on one device."""

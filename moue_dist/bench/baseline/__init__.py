@@ -1,0 +1,1 @@
+"""megatron-core as it comes: what ours is measured against."""

@@ -1,0 +1,1 @@
+"""What a benchmark leaves: the JSON record and the tables."""

@@ -1,0 +1,1 @@
+"""Times the training step of all ranks of a job, part by part."""
