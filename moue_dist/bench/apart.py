@@ -28,7 +28,7 @@ def measure_apart(options: BenchOptions, command: str, start: Callable[[BenchOpt
             if codes[-1] == BAD_CONFIGURATION:
                 return BAD_CONFIGURATION
         if _written(path) != before:
-            from moue_dist.bench.record.result import tell
+            from moue_dist.bench.record.tables import tell
 
             tell(json.loads(path.read_text(encoding="utf-8"))["runs"][-1], options)
         return max(codes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+Form = Literal["step", "rank", "kernels", "dispatch", "layer"]  # what is measured: moue bench FORM
+
 
 @dataclass(frozen=True)
 class BenchOptions:
@@ -19,6 +21,7 @@ class BenchOptions:
     append: bool = False
     join: bool = False  # add the part to the file's last run instead of starting another
     note: str | None = None
+    profile: bool = False  # one more step under the profiler
     placements: str | None = None  # such as "replicate,home": our step under each, in place of the baseline
     part: str | None = None  # measure this part alone, of those that the other options ask for
     asked: str | None = None  # the command that asked for all of them

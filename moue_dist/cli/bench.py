@@ -46,6 +46,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--append", action="store_true", help="add to the runs of that file")
     add("--join", action="store_true", help="add what is measured to that file's last run")
     add("--note", metavar="TEXT", help="kept with the numbers")
+    add("--profile", action="store_true", help="one more step of each part under the profiler, on every rank")
     add("--placements", metavar="LIST", help="our step under several placements, such as replicate,home,hybrid")
     add("--part", help=argparse.SUPPRESS)
     add("--asked", help=argparse.SUPPRESS)

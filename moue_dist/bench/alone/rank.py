@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from moue_dist.bench.options import BenchOptions
-from moue_dist.bench.record import result
+from moue_dist.bench.record.about import describe
+from moue_dist.bench.record.file import earlier_runs, write
+from moue_dist.bench.record.numbers import ratio
+from moue_dist.bench.record.tables import tell
 from moue_dist.bench.step.parts import guarded
 from moue_dist.bench.step.placements import variant
-from moue_dist.bench.step.setting import Setting, describe
+from moue_dist.bench.step.setting import Setting
 from moue_dist.config import Config, ConfigError
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh
@@ -43,19 +46,22 @@ def run(config: Config, options: BenchOptions) -> int:
     resolved, device = resolve_here(variant(config, options.parts[0], place.world_size), place)
     cpu_host.install()
     path = Path(options.output) if options.output else None
-    earlier = result.earlier_runs(path, options.append or options.join) if path else []
+    earlier = earlier_runs(path, options.append or options.join) if path else []
     link = Link(options.gbps * 1e9, options.latency_us * 1e-6)
     with rehearse(place.rank, place.world_size, link):
         batches = _random_batches(config, place, total)
         setting = Setting(config, place, resolved, device, options, batches, torch.distributed.group.WORLD)
-        mine = describe(setting) | {"rank": place.rank, "link": asdict(link)}
+        mine = describe("rank", config, options, resolved, place.world_size) | {
+            "rank": place.rank,
+            "link": asdict(link),
+        }
         record = earlier.pop() if options.join and earlier else mine
         for name in options.parts:
             record["parts"][name] = guarded(name, setting, None)
-            record["ratio"] = result.ratio(record["parts"])
+            record["ratio"] = ratio(record["parts"])
             if path:
-                result.write(path, [*earlier, record])
-        result.tell(record, options)
+                write(path, [*earlier, record])
+        tell(record, options)
     return int(any("error" in part for part in record["parts"].values()))
 
 

@@ -1,29 +1,24 @@
-"""The parts of a benchmark, each measured in this process: our training step, and megatron-core's own.
-
-Times are the device's, from event to event, so that a step that does not wait for the device is not made to; a step's
-time is its slowest rank's. Python's garbage collector rests meanwhile, in both.
-"""
+"""The parts of a benchmark, each measured in this process: our training step, and megatron-core's own."""
 
 from __future__ import annotations
 
 import gc
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moue_dist.bench.record import result
+from moue_dist.bench.record.numbers import numbers
 from moue_dist.bench.step.placements import pool_facts
+from moue_dist.bench.step.profile import profile_step
 from moue_dist.bench.step.setting import Setting, of_part
+from moue_dist.bench.timing.steps import time_steps
 from moue_dist.config import ConfigError
 from moue_dist.config.devices import Device
-from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.planning.memory.sizes import GIB
 from moue_dist.planning.plan import build_plan
@@ -87,11 +82,12 @@ def measure_ours(setting: Setting) -> dict[str, Any]:
         answer_for_others(system)
     results: list[StepResult] = []
     timing = _time(lambda i: results.append(train_step(system, setting.batches[i], i)), setting)
+    last = len(setting.batches) - 1
+    profile = _profile(lambda: train_step(system, setting.batches[last], last), setting)
     load = load_summary(results[-1].counts_lp, system.context.topology)
     device = setting.device or Device("CPU", (0, 0), 0.0)
     plan = build_plan(config, place.world_size, device)
     planned = (plan.stages[system.coord.pp] if setting.rehearsed else plan.worst).total_bytes / GIB
-    last = len(setting.batches) - 1
     pool = pool_facts(
         system,
         lambda timeline: train_step(system, setting.batches[last], last, timeline),
@@ -104,8 +100,9 @@ def measure_ours(setting: Setting) -> dict[str, Any]:
         "load": load,
         "gradients": "fp32",
         **pool,
+        **profile,
     }
-    return result.numbers(config, place.world_size, setting.device_name, **timing, **more)
+    return numbers(config, place.world_size, setting.device_name, **timing, **more)
 
 
 def measure_baseline(setting: Setting) -> dict[str, Any]:
@@ -121,51 +118,24 @@ def measure_baseline(setting: Setting) -> dict[str, Any]:
     losses: list[torch.Tensor] = []
     timing = _time(lambda i: losses.append(stock.step(setting.batches[i], i)), setting)
     last = len(setting.batches) - 1
+    profile = _profile(lambda: stock.step(setting.batches[last], last), setting)
     counts_lp = stock.counts_of(lambda: stock.step(setting.batches[last], last), setting.world)
     more: dict[str, Any] = {
         "planned_gib": None,
         "losses": baseline.mean_losses(losses, setting.world),
         "load": load_summary(counts_lp, config.topology()),
         **baseline.describe(setting.config, stock.tconfig, grads),
+        **profile,
     }
-    return result.numbers(config, place.world_size, setting.device_name, **timing, **more)
+    return numbers(config, place.world_size, setting.device_name, **timing, **more)
 
 
 def _time(step: Callable[[int], Any], setting: Setting) -> dict[str, Any]:
-    """Milliseconds of each timed step and peak memory by rank, allocated, GiB; equal on all ranks."""
-    warmup, steps = setting.options.warmup, setting.options.steps
-    torch.cuda.reset_peak_memory_stats()
-    for i in range(warmup):
-        step(i)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    with _no_garbage_collection():
-        torch.cuda.synchronize()
-        dist.barrier(group=setting.world)
-        marks[0].record()
-        for i in range(steps):
-            step(warmup + i)
-            marks[i + 1].record()
-        torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in pairwise(marks)]
-    mine = torch.tensor(
-        [*times, torch.cuda.max_memory_allocated() / GIB], device=cpu_host.device(), dtype=torch.float64
-    )
-    everyone = [torch.empty_like(mine) for _ in range(setting.place.world_size)]
-    dist.all_gather(everyone, mine, group=setting.world)
-    table = torch.stack(everyone).cpu()
-    memory = [round(x, 3) for x in table[:, -1].tolist()] if setting.resolved.device == "cuda" else None
-    return {
-        "step_ms": [round(x, 4) for x in table[:, :-1].amax(0).tolist()],
-        "memory_gib": max(memory) if memory else None,
-        "memory_gib_by_rank": memory,
-    }
+    return time_steps(step, setting.options.warmup, setting.options.steps, setting.world)
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+def _profile(step: Callable[[], Any], setting: Setting) -> dict[str, Any]:
+    """{"profile": ...} of one more step, where that is asked for."""
+    if not setting.options.profile:
+        return {}
+    return {"profile": profile_step(step, None if setting.rehearsed else setting.world)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from moue_dist.bench.record.result import PLACEMENTS
+from moue_dist.bench.record.numbers import PLACEMENTS
 from moue_dist.config import Config, ConfigError
 from moue_dist.measuring.measured_use import measured_use
 from moue_dist.measuring.slots import Lane, Step, bubble, ideal_bubble

@@ -15,10 +15,13 @@ import torch
 import torch.distributed as dist
 
 from moue_dist.bench.options import BenchOptions
-from moue_dist.bench.record import result
+from moue_dist.bench.record.about import describe
+from moue_dist.bench.record.file import earlier_runs, write
+from moue_dist.bench.record.numbers import ratio
+from moue_dist.bench.record.tables import tell
 from moue_dist.bench.step.parts import guarded
 from moue_dist.bench.step.placements import variant
-from moue_dist.bench.step.setting import Setting, describe
+from moue_dist.bench.step.setting import Setting
 from moue_dist.config import Config
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh
@@ -43,19 +46,21 @@ def run(config: Config, place: Place, options: BenchOptions) -> int:
     path = Path(options.output) if options.output else None
     with process_group(config, place):
         leader = place.rank == 0
-        earlier = result.earlier_runs(path, options.append or options.join) if path and leader else []
+        earlier = earlier_runs(path, options.append or options.join) if path and leader else []
         world = dist.new_group(timeout=timedelta(seconds=config.train.timeout_seconds))
         answers = dist.new_group(backend="gloo", timeout=timedelta(seconds=STRAGGLER_SECONDS))
         batches = _read_batches(config, place, total, world)
         setting = Setting(config, place, resolved, device, options, batches, world)
-        record = earlier.pop() if options.join and earlier else describe(setting)
+        record = (
+            earlier.pop() if options.join and earlier else describe("step", config, options, resolved, place.world_size)
+        )
         for name in options.parts:
             record["parts"][name] = guarded(name, setting, answers)
-            record["ratio"] = result.ratio(record["parts"])
+            record["ratio"] = ratio(record["parts"])
             if path and leader:
-                result.write(path, [*earlier, record])
+                write(path, [*earlier, record])
         if leader:
-            result.tell(record, options)
+            tell(record, options)
         dist.barrier(group=world)
     return int(any("error" in part for part in record["parts"].values()))
 

@@ -1,11 +1,8 @@
-"""What the parts of a benchmark share, and how it is written down."""
+"""What the parts of a benchmark of steps share."""
 
 from __future__ import annotations
 
-import shlex
-import sys
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +12,6 @@ from moue_dist.bench.options import BenchOptions
 from moue_dist.bench.step.placements import variant
 from moue_dist.config import Config
 from moue_dist.config.devices import Device
-from moue_dist.measuring.provenance import commit, machine, versions
 from moue_dist.parallel.rehearsal import BACKEND
 from moue_dist.refusals.machine import Resolved
 from moue_dist.training.run import Place, resolve_here
@@ -49,23 +45,3 @@ def of_part(setting: Setting, name: str) -> Setting:
     if config is setting.config:
         return setting
     return replace(setting, config=config, resolved=resolve_here(config, setting.place)[0])
-
-
-def describe(setting: Setting) -> dict[str, Any]:
-    """The run's entry of the result, without parts yet."""
-    options = asdict(setting.options)
-    asked, _ = options.pop("asked"), options.pop("part")
-    return {
-        "command": asked or shlex.join(["moue", *sys.argv[1:]]),
-        "note": options.pop("note"),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(setting.resolved.device == "cuda"),
-        "versions": versions(),
-        "world": setting.place.world_size,
-        "options": options,
-        "config": asdict(setting.config),
-        "resolved": setting.resolved._asdict(),
-        "parts": {},
-        "ratio": None,
-    }

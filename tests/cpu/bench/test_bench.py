@@ -14,7 +14,8 @@ import pytest
 
 from moue_dist.bench.apart import measure_apart
 from moue_dist.bench.options import BenchOptions
-from moue_dist.bench.record import result
+from moue_dist.bench.record.file import earlier_runs, write
+from moue_dist.bench.record.numbers import numbers as numbers_of
 from moue_dist.cli import main
 from moue_dist.config import Config, ConfigError, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
 from moue_dist.planning.flops import flops_per_token
@@ -48,7 +49,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("bench")
     path = folder / "results" / "small.json"
     words = ("--steps", "2", "--warmup", "1", "--output", str(path))
-    first = bench(folder, *words, "--baseline", "--note", "as it is")
+    first = bench(folder, *words, "--baseline", "--note", "as it is", "--profile")
     refused = ("--moe.top-k", "1", "--moe.score", "topk_softmax")
     second = bench(folder, *words, "--baseline", "--append", *PLAIN, *refused)
     return path, [first, second]
@@ -74,6 +75,11 @@ def test_both_parts_are_measured_in_one_run(outcome: tuple[Path, list[Any]]) -> 
     assert baseline["settings"]["moe_aux_loss_coeff"] == pytest.approx(0.01 / 2)
     assert "baseline" in done.stdout and "ours / baseline" in done.stdout
     assert "per rank; GiB" in done.stdout and "in tokens/s/rank" in done.stdout and "GPU" not in done.stdout
+    for part in (ours, baseline):
+        profile = part["profile"]
+        assert profile["of"] == "CPU operators" and len(profile["busy_ms_by_rank"]) == 2
+        assert sum(row["count"] for row in profile["ranks"][0]["table"]) > 100
+    assert "baseline: one more step, profiled, on rank 0; CPU operators" in done.stdout
 
 
 def test_a_part_that_fails_leaves_the_others_numbers(outcome: tuple[Path, list[Any]]) -> None:
@@ -129,7 +135,7 @@ def test_one_rank_of_many_is_measured_alone(tmp_path: Path, capsys: pytest.Captu
 
 def test_the_rates_are_those_of_the_median_step() -> None:
     config = Config(train=TrainConfig(global_batch_size=4, precision="bf16"))
-    got = result.numbers(config, 2, "NVIDIA H200", [10.0, 90.0, 20.0], losses=[1.0])
+    got = numbers_of(config, 2, "NVIDIA H200", [10.0, 90.0, 20.0], losses=[1.0])
     assert (got["step_ms"], got["step_ms_all"], got["losses"]) == (20.0, [10.0, 90.0, 20.0], [1.0])
     assert got["tokens_per_s_per_gpu"] == pytest.approx(4 * 128 / 0.020 / 2)
     tflops = got["tokens_per_s_per_gpu"] * flops_per_token(config).total / 1e12
@@ -158,7 +164,7 @@ def test_parts_join_the_run_that_they_belong_to(tmp_path: Path, capsys: pytest.C
             path.write_text(json.dumps({"runs": [run]}))
         return int(part.part == "replicate")
 
-    numbers = result.numbers(Config(), 1, "CPU", [5.0], losses=[1.0], load={"layer_max_over_mean": 1.0})
+    numbers = numbers_of(Config(), 1, "CPU", [5.0], losses=[1.0], load={"layer_max_over_mean": 1.0})
     numbers |= {"memory_gib": None, "planned_gib": None, "sent_gib": None, "sent_gib_expected": {"across": 0.0}}
     numbers |= {"pool_gib": 1.0, "copies_gib_expected": {"across": 0.0}, "bubble": None, "bubble_ideal": 0.5}
     run = {"parts": {"home": numbers}, "world": 1, "config": {"name": "x"}, "machine": {}, "ratio": None}
@@ -173,15 +179,15 @@ def test_parts_join_the_run_that_they_belong_to(tmp_path: Path, capsys: pytest.C
 
 def test_a_file_of_other_things_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    result.write(path, [{"loss": float("nan")}])
-    assert result.earlier_runs(path, append=True) == [{"loss": "nan"}]
-    assert result.earlier_runs(path, append=False) == []
+    write(path, [{"loss": float("nan")}])
+    assert earlier_runs(path, append=True) == [{"loss": "nan"}]
+    assert earlier_runs(path, append=False) == []
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
     path.write_text("[1, 2]")
     with pytest.raises(ConfigError, match="is no file of benchmark runs"):
-        result.earlier_runs(path, append=True)
+        earlier_runs(path, append=True)
     with pytest.raises(ConfigError, match="choose a file"):
-        result.earlier_runs(tmp_path, append=False)
+        earlier_runs(tmp_path, append=False)
 
 
 def test_a_shape_that_megatron_core_cannot_take_is_refused() -> None:

@@ -1,99 +1,17 @@
-"""What a benchmark leaves: a JSON file of runs with every raw number, and a short table.
-
-The file is {"runs": [run, ...]}. A run has `command`, `commit`, `date`, `machine`, `versions`, `config`, `world`, and
-a `parts` entry for each thing measured, `ours` and `baseline`: either its numbers or {"error": one line}. `ratio` is
-ours / baseline in tokens per second and GPU (or CPU rank), null unless both were measured.
-"""
+"""A run as tables on the terminal: a row for each part, and where the numbers are."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from moue_dist.bench.options import BenchOptions
-from moue_dist.config import Config, ConfigError
+from moue_dist.bench.record.numbers import PARTS, PLACEMENTS
+from moue_dist.bench.record.profile_table import show_profile
 from moue_dist.config.devices import rank_word
-from moue_dist.measuring.metrics import StepMeter
-from moue_dist.planning.flops import flops_per_token
-
-PARTS = ("ours", "baseline")
-PLACEMENTS = ("replicate", "home", "hybrid")
-
-
-def numbers(config: Config, world: int, device_name: str, step_ms: list[float], **more: Any) -> dict[str, Any]:
-    """A part's entry: rates of the median step, by `config`'s own FLOPs, beside the raw numbers in `more`."""
-    meter = StepMeter(
-        flops_per_token=flops_per_token(config).total,
-        tokens_per_step=config.train.global_batch_size * config.model.sequence_length,
-        gpus=world,
-        device_name=device_name,
-        precision=config.train.precision,
-    )
-    rates = dataclasses.asdict(meter.rates(median(step_ms) / 1e3))
-    rates.pop("step_seconds")
-    return {
-        "step_ms": median(step_ms),
-        "step_ms_all": step_ms,
-        **rates,
-        "flops_per_token": meter.flops_per_token,
-    } | more
-
-
-def ratio(parts: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Ours over the baseline, in tokens/s/GPU; None unless both were measured."""
-    ours, theirs = (parts.get(name, {}).get("tokens_per_s_per_gpu") for name in PARTS)
-    return ours / theirs if ours and theirs else None
-
-
-def earlier_runs(path: Path, append: bool) -> list[Any]:
-    """The runs to keep: those of an existing file when appending. Raises ConfigError for an unusable path."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error.strerror) from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise _unwritable(path, "not a file, or in a folder that cannot be written")
-    if not append or not path.exists():
-        return []
-    try:
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        if isinstance(runs, list):
-            return runs
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"--append: {path} is no file of benchmark runs; choose another --output or leave --append out")
-
-
-def _unwritable(path: Path, why: str | None) -> ConfigError:
-    return ConfigError(f"--output {path}: {why}; choose a file that can be written")
-
-
-def write(path: Path, runs: list[Any]) -> None:
-    """Write the file at once or not at all. Raises ConfigError where the folder cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(_plain({"runs": runs}), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise _unwritable(path, error.strerror) from None
-
-
-def _plain(value: Any) -> Any:
-    """JSON without NaN or infinity: those become the words 'nan', 'inf', '-inf'."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tell(run: Mapping[str, Any], options: BenchOptions) -> None:
@@ -140,6 +58,9 @@ def show(run: Mapping[str, Any], console: Console) -> None:
         _show_pool({name: parts[name] for name in PLACEMENTS if "step_ms" in parts.get(name, {})}, console)
     if run["ratio"] is not None:
         console.print(f"ours / baseline: [bold]{run['ratio']:.3f}[/bold] in tokens/s/{per}")
+    for name, part in parts.items():
+        if "profile" in part:
+            show_profile(name, part["profile"], console)
 
 
 def _show_pool(parts: Mapping[str, Mapping[str, Any]], console: Console) -> None:
