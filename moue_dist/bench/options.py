@@ -25,6 +25,7 @@ class BenchOptions:
     placements: str | None = None  # such as "replicate,home": our step under each, in place of the baseline
     part: str | None = None  # measure this part alone, of those that the other options ask for
     asked: str | None = None  # the command that asked for all of them
+    samples: int = 20  # kernels, dispatch, layer: of each way
     # bench rank: who is played, and the link to the others
     world: int = 1
     rank: int = 0

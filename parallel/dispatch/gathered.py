@@ -17,10 +17,10 @@ Legend: T tokens of this rank, E ranks, N = E T gathered tokens, k choices, C ro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -39,15 +39,35 @@ ROOM = 16  # rows: capacities are multiples of it
 SPARE = 1.1  # of what a step wanted, the room that its second run has
 
 
+class Products(Protocol):
+    """What is computed with the rows that have come; `kernels.experts.weighted` has the contracts, and is the one."""
+
+    def rows_of(
+        self, slab: ExpertSlab, counts_n: Tensor, rows: int, *, backend: ExpertBackend, live: Tensor | None
+    ) -> weighted.Rows: ...
+    def forward(self, rows: weighted.Rows, x_nd: Tensor, source_c: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def backward(
+        self, rows: weighted.Rows, x_cd: Tensor, z_c2f: Tensor | None, dy_nd: Tensor, source_c: Tensor, weight_c: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[], None]]: ...
+
+
 class GatheredExchange:
     """See `exchange.ExpertExchange`. `recompute`: pre-activations are computed again in backward."""
 
     sent = None
 
     def __init__(
-        self, pool: ExpertPool, group: Any, *, backend: ExpertBackend, recompute: bool, headroom: float
+        self,
+        pool: ExpertPool,
+        group: Any,
+        *,
+        backend: ExpertBackend,
+        recompute: bool,
+        headroom: float,
+        products: Products = weighted,
     ) -> None:
         self.pool, self.group, self.backend, self.recompute, self.headroom = pool, group, backend, recompute, headroom
+        self.products = products
         self.ranks = group.size() if group is not None else 1
         self.timeline: Timeline = OFF
         # The largest share of its room that a layer wanted since `make_room` was asked last.
@@ -128,11 +148,11 @@ class _Gathered(torch.autograd.Function):
         capacity = exchange.capacity(ids_tk.numel())
         order = order_local(ids_nk, weight_nk, layer.local_p, layer.experts, capacity)
         exchange.note(order.wanted, capacity)
-        rows = weighted.rows_of(
+        rows = exchange.products.rows_of(
             slab, order.counts_n, capacity, backend=exchange.backend, live=order.live if exchange.ranks > 1 else None
         )
         x_nd = begun.wait()
-        y_cd, z_c2f = weighted.forward(rows, x_nd, order.source_c)
+        y_cd, z_c2f = exchange.products.forward(rows, x_nd, order.source_c)
         ctx.layer, ctx.rows, ctx.weight_dtype = layer, rows, weight_tk.dtype
         ctx.save_for_backward(
             x_nd, None if exchange.recompute else z_c2f, order.source_c, order.weight_c, order.position_tk
@@ -146,7 +166,7 @@ class _Gathered(torch.autograd.Function):
         x_nd, z_c2f, source_c, weight_c, position_nk = ctx.saved_tensors
         dy_nd = _gather(exchange, dy_td.contiguous())
         x_cd = rows.fetch(x_nd, source_c)
-        dx_cd, dweight_c, add = weighted.backward(rows, x_cd, z_c2f, dy_nd.wait(), source_c, weight_c)
+        dx_cd, dweight_c, add = exchange.products.backward(rows, x_cd, z_c2f, dy_nd.wait(), source_c, weight_c)
         dweight_nk = gather_rows(dweight_c[:, None], position_nk.reshape(-1)).view(position_nk.shape)
         dweight_tk = _scatter_sum(exchange, dweight_nk)
         dx_td = _scatter_sum(exchange, gather_sum(dx_cd, position_nk))

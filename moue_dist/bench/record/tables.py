@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moue_dist.bench.options import BenchOptions
+from moue_dist.bench.record.contest_table import show_contests
 from moue_dist.bench.record.numbers import PARTS, PLACEMENTS
 from moue_dist.bench.record.profile_table import show_profile
 from moue_dist.config.devices import rank_word
@@ -22,7 +23,7 @@ def tell(run: Mapping[str, Any], options: BenchOptions) -> None:
         words = "failed" if "error" in part else f"{part['step_ms']:.1f} ms a step"
         console.print(f"{options.part}: {words}")
         return
-    show(run, console)
+    (show if run.get("what", "step") in ("step", "rank") else show_contests)(run, console)
     if options.output:
         print(f"written: {options.output}", flush=True)
 
