@@ -29,6 +29,12 @@ need at --gbps, waiting for other ranks is left out.
 
   moue bench rank moue_7b --world 64 --rank 9 --placements replicate,home
 
+kernels: the kernels of one rank alone on one GPU, at the sizes that the configuration gives a microbatch, each beside
+another way of the same: a loop of matmuls, plain PyTorch, Transformer Engine where it is installed. On a CPU the
+references, at small sizes.
+
+  moue bench kernels moue_7b --train.micro-batch-size 4 --parallel.expert-parallel 2
+
 dispatch: the data movement of one MoE layer, forward and backward, without expert products: tokens once a rank
 (gathered) and rows one by one (all_to_all).
 
@@ -43,6 +49,7 @@ ALL = ("output", "append", "note", "part", "asked")
 OF_FORM: dict[str, tuple[str, ...]] = {  # the options of each form; others are refused
     "step": (*ALL, *STEPS, *BASELINE),
     "rank": (*ALL, *STEPS, *BASELINE, *LINK),
+    "kernels": (*ALL, "samples"),
     "dispatch": (*ALL, "samples"),
 }
 
@@ -80,7 +87,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--gbps", type=float, default=278.0, metavar="GB", help="GB/s out of a GPU (default: 278, NVLink of H200)")
     add("--latency-us", type=float, default=70.0, metavar="US", help="least time of a transfer (default: 70)")
 
-    add = parser.add_argument_group("dispatch").add_argument
+    add = parser.add_argument_group("kernels and dispatch").add_argument
     add("--samples", type=positive, default=20, metavar="N", help="of each way, in turns (default: 20)")
 
 
@@ -103,6 +110,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     options = BenchOptions(**{field.name: getattr(args, field.name) for field in fields(BenchOptions)})
     _refuse_strangers(args.what, options)
     words = ["bench", args.what, args.config, *options.as_words(), *overrides]
+    if args.what == "kernels":
+        return _kernels(args, config, options)
     if args.what == "dispatch":
         return _layer(args, config, options, words)
     return _steps(args, config, options, words, overrides)
@@ -128,6 +137,17 @@ def _steps(
     from moue_dist.bench.step.run import run as run_ranks
 
     return run_ranks(config, my_place(), options)
+
+
+def _kernels(args: argparse.Namespace, config: Config, options: BenchOptions) -> int:
+    """In this process."""
+    from moue_dist.cli.ranks import alone
+
+    if not alone() or (args.nproc or 1) > 1:
+        raise ConfigError("moue bench kernels is one process: start it without torchrun, srun or mpirun, and --nproc")
+    from moue_dist.bench.kernels.run import run as run_kernels
+
+    return run_kernels(config, options)
 
 
 def _layer(args: argparse.Namespace, config: Config, options: BenchOptions, words: list[str]) -> int:

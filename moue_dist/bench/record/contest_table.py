@@ -10,10 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+CPU = "CPU rank"
+
 
 def show_contests(run: Mapping[str, Any], console: Console) -> None:
     """Milliseconds with half the distance between the quartiles, ratios, differences; and what the columns are."""
-    parts, device = run["parts"], run["machine"].get("gpu", "CPU rank")
+    parts, device = run["parts"], run["machine"].get("gpu", CPU)
     first = next((part["first"] for part in parts.values() if "first" in part), "first")
     title = f"{run['what']}, {run['config']['name']}: {run['world']} x {device}"
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
@@ -35,6 +37,8 @@ def show_contests(run: Mapping[str, Any], console: Console) -> None:
                 far = _difference(way["difference"], part["tolerance"])
                 table.add_row(name, _ms(mine), other, _ms(way), f"{way['ratio']:.3f}", far)
     console.print(table)
+    if sizes := run.get("sizes"):
+        console.print(_sizes(sizes, run["dtype"]) + ("; a CPU: the references, small sizes" if device == CPU else ""))
     for name, part in run["parts"].items():
         if sent := part.get("gb_out_of_a_gpu"):
             told = ", ".join(f"{way} {gb:.3f}" for way, gb in sent.items())
@@ -51,6 +55,12 @@ def spread(samples: Sequence[float]) -> float:
         return 0.0
     low, _, high = quantiles(samples, n=4)
     return (high - low) / 2 / median(samples)
+
+
+def _sizes(sizes: Mapping[str, Any], dtype: str) -> str:
+    here = f"{sizes['window'] // sizes['expert_ranks']} of the {sizes['window']} experts that a layer sees"
+    widths = f"hidden {sizes['hidden']}, expert width {sizes['width']}"
+    return f"{sizes['tokens']:,} tokens, top {sizes['top_k']}, {widths}, {here}; {dtype}"
 
 
 def _ms(way: Mapping[str, Any]) -> str:

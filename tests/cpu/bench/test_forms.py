@@ -47,11 +47,25 @@ def test_dispatch(tmp_path: Path) -> None:
     assert "dispatch, small: 1 x CPU rank" in said and "movement" in said
 
 
+def test_kernels(tmp_path: Path) -> None:
+    run, said = bench(tmp_path, "kernels", "--samples", "2")
+    parts = run["parts"]
+    assert run["dtype"] == "float32" and run["impl"] == "torch" and run["sizes"]["hidden"] == 32
+    assert {"w_in forward", "w_out wgrad, 2 layers", "order of rows", "AdamW, clipped"} <= set(parts)
+    for part in parts.values():
+        assert part["agree"] and part["first"] == "ours"
+        (other,) = [way for name, way in part["ways"].items() if name != "ours"]
+        assert len(other["ms_all"]) == 2 and other["ratio"] > 0 and other["difference"] <= part["tolerance"]
+    assert "kernels, small: 1 x CPU rank" in said and "a CPU: the references, small sizes" in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["dispatch", "--baseline"], "--baseline is for moue bench step and rank; leave it out of dispatch"),
-        (["step", "--samples", "3"], "--samples is for moue bench dispatch"),
+        (["step", "--samples", "3"], "--samples is for moue bench kernels and dispatch"),
+        (["kernels", "--nproc", "2"], "moue bench kernels is one process"),
+        (["kernels", "--steps", "2"], "--steps is for moue bench step and rank; leave it out of kernels"),
         (["step", "--gbps", "100"], "--gbps is for moue bench rank"),
         (["dispatch", "--nproc", "3", "--parallel.expert-parallel", "2"], "3 processes"),
     ],
