@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 CONFIG ?= configs/tiny.yaml
 ARGS   ?=
+# Files go to workers as tests/conftest.py says; make test ARGS="-n 0" runs them in one process, one after the other.
+WORKERS := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -36,7 +38,7 @@ train: $(BASE)
 	$(BIN)/moue train $(CONFIG) $(ARGS)
 
 test: $(DEV)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q $(WORKERS) --durations=10 $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

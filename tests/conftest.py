@@ -11,7 +11,11 @@ for _name in [n for n in os.environ if n.startswith(("SLURM_", "OMPI_", "PMI", "
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_name, None)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are shared with the other workers
+
 from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
@@ -45,9 +49,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--random", type=int, default=0, metavar="N", help="N layouts of home and hybrid at random")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# What one worker runs alone, one after the other, where `make test` has several; other files are groups of their own.
+GROUPS = {
+    "tests/gpu": "gpu",  # they share the device's memory
+    "tests/cpu/parallel/test_host_adam.py": "host_adam",  # one breaks off a build that the other would wait for
+    "tests/ranks/test_host_adam_ranks.py": "host_adam",
+}
+# Workers take files in this order, so that the long ones are not the last: those that start whole programs and wait,
+# then those that start ranks, then the rest.
+LONG = (
+    "test_jobs.py",
+    "test_faults.py",
+    "test_host_adam.py",
+    "test_host_adam_ranks.py",
+    "test_resume.py",
+    "test_bench.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests in tests/gpu and tests/slurm carry their marker by their folder; GPU tests skip without a device."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: _place_in_line(item.path.relative_to(config.rootpath)))
     for item in items:
+        path = item.path.relative_to(config.rootpath).as_posix()
+        group = next((name for start, name in GROUPS.items() if path.startswith(start)), path)
+        item.add_marker(pytest.mark.xdist_group(group))
         for marker in ("gpu", "slurm"):
             if marker in item.path.parent.parts:
                 item.add_marker(marker)
@@ -57,3 +84,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _place_in_line(path: Path) -> int:
+    if path.name in LONG:
+        return LONG.index(path.name)
+    return len(LONG) + ("ranks" not in path.parts)
