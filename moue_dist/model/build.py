@@ -16,6 +16,7 @@ from moue_dist.model.init import expert_stds, initialise_dense, initialise_share
 from moue_dist.model.moe import MoELayer
 from moue_dist.model.router import SharedRouter
 from moue_dist.model.system import System
+from moue_dist.parallel.device import this_device
 from moue_dist.parallel.dispatch.all_to_all import AllToAllDispatcher
 from moue_dist.parallel.dispatch.exchange import ExpertExchange
 from moue_dist.parallel.dispatch.gathered import GatheredExchange
@@ -23,7 +24,6 @@ from moue_dist.parallel.dispatch.stage import StageExchange
 from moue_dist.parallel.groups import Groups, build_groups
 from moue_dist.parallel.lockstep.exchange import LockstepExchange
 from moue_dist.parallel.megatron import adapter as megatron
-from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.megatron import layers as megatron_layers
 from moue_dist.parallel.mesh import Coord, Mesh, build_mesh, stage_layout
 from moue_dist.parallel.placement.costs import Floats
@@ -41,7 +41,7 @@ def build_system(config: Config, rank: int, world: int, resolved: Resolved) -> S
     """
     mesh = build_mesh(world, config.parallel)
     coord = mesh.coords(rank)
-    device = cpu_host.device()
+    device = this_device()
     timeout = timedelta(seconds=config.train.timeout_seconds)
     megatron.initialise(mesh, config.train.seed, config.train.timeout_seconds / 60)
     layout = stage_layout(config.model.layers, mesh.pipeline, mesh.virtual, config.parallel.stage_layers)

@@ -26,6 +26,7 @@ from moue_dist.measuring.progress import ProgressBar
 from moue_dist.measuring.slot_log import SlotLog
 from moue_dist.model.balance import load_summary
 from moue_dist.model.system import System
+from moue_dist.parallel.device import peak_bytes
 from moue_dist.parallel.pool.synced import UnequalReplicas, check_replicas
 from moue_dist.planning.flops import flops_per_token
 from moue_dist.training.intervals import Every
@@ -162,7 +163,7 @@ class _Loop:
         if system.device.type != "cuda":
             return _peak_host_memory(), None, None
         unknown = math.nan
-        mine = [torch.cuda.max_memory_allocated() / GIB, *(x or unknown for x in (reading.watts, reading.joules))]
+        mine = [peak_bytes() / GIB, *(x or unknown for x in (reading.watts, reading.joules))]
         everyone = torch.empty(system.mesh.world * 3, dtype=torch.float64, device=system.device)
         dist.all_gather_into_tensor(everyone, torch.tensor(mine).to(everyone), group=system.groups.world)
         peaks, watts, joules = everyone.view(-1, 3).t().tolist()

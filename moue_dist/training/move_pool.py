@@ -12,6 +12,7 @@ import torch.distributed as dist
 from moue_dist.config import Config
 from moue_dist.model.build import build_exchange, shared_optimizer
 from moue_dist.model.system import System
+from moue_dist.parallel.device import settle
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.parallel.placement import moving
 from moue_dist.parallel.placement.costs import Floats, stage_use
@@ -74,7 +75,7 @@ def move_pool(system: System, placement: Placement, step: int) -> Moved:
         return Moved(0, 0, 0, time.perf_counter() - began)
 
     shared.finish()
-    torch.cuda.synchronize()
+    settle()
     timeout = timedelta(seconds=system.config.train.timeout_seconds)
     groups, unused = moving.regroup(system.groups, mesh, rank, old.placement, placement, timeout)
     move = moving.plan_move(old.placement, placement, mesh, old.buffer.row)

@@ -20,6 +20,7 @@ from moue_dist.config.devices import Device, describe_device
 from moue_dist.config.load import dump_config
 from moue_dist.kernels.backend import has_transformer_engine
 from moue_dist.measuring.provenance import commit, versions
+from moue_dist.parallel.device import has_cuda, this_device
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.planning.flops import flops_per_token, parameters
 from moue_dist.refusals.machine import Resolved
@@ -68,7 +69,7 @@ def run(config: Config, place: Place, *, after: Callable[[Path], None] | None = 
 
 def resolve_here(config: Config, place: Place) -> tuple[Resolved, Device | None]:
     """Validate against this machine and pick its GPU."""
-    cuda = config.train.device != "cpu" and cpu_host.has_cuda()
+    cuda = config.train.device != "cpu" and has_cuda()
     device = None
     if cuda:
         if place.local_rank >= torch.cuda.device_count():
@@ -79,7 +80,7 @@ def resolve_here(config: Config, place: Place) -> tuple[Resolved, Device | None]
         torch.cuda.set_device(place.local_rank)
         facts = torch.cuda.get_device_properties(place.local_rank)
         device = describe_device(facts.name, (facts.major, facts.minor), facts.total_memory / 2**30)
-    elif config.train.device == "cpu" and cpu_host.has_cuda():
+    elif config.train.device == "cpu" and has_cuda():
         raise ConfigError("train.device=cpu on a machine with GPUs: hide them first with CUDA_VISIBLE_DEVICES=''")
     resolved = validate(
         config, place.world_size, cuda=cuda, device=device, transformer_engine=cuda and has_transformer_engine()
@@ -92,8 +93,8 @@ def process_group(config: Config, place: Place) -> Iterator[None]:
     """The default group: NCCL (with gloo for host tensors) on GPUs, gloo elsewhere; left in good order."""
     timeout = timedelta(seconds=config.train.timeout_seconds)
     where: dict[str, Any] = {"backend": "gloo"}
-    if cpu_host.has_cuda():
-        where = {"backend": "cpu:gloo,cuda:nccl", "device_id": cpu_host.device()}
+    if has_cuda():
+        where = {"backend": "cpu:gloo,cuda:nccl", "device_id": this_device()}
     else:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     dist.init_process_group(rank=place.rank, world_size=place.world_size, timeout=timeout, **where)

@@ -25,9 +25,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from moue_dist.config import Config
+from moue_dist.parallel.device import has_cuda, this_device
 from moue_dist.parallel.lockstep.exchange import LockstepExchange
 from moue_dist.parallel.lockstep.pipeline import ForwardStep, LockstepPipeline
-from moue_dist.parallel.megatron import cpu_host, state_packing
+from moue_dist.parallel.megatron import state_packing
 from moue_dist.parallel.megatron.layers import carried_width
 from moue_dist.parallel.megatron.saving import spread_buckets
 from moue_dist.parallel.megatron.schedule_spans import recorded
@@ -107,12 +108,12 @@ def transformer_config(config: Config, mesh: Mesh, *, fp8_recipe: str | None, fu
         params_dtype=dtype,
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=True,
-        use_cpu_initialization=not cpu_host.has_cuda(),
+        use_cpu_initialization=not has_cuda(),
         tensor_model_parallel_size=mesh.tensor,
         sequence_parallel=mesh.tensor > 1,
         pipeline_model_parallel_size=mesh.pipeline,
         virtual_pipeline_model_parallel_size=mesh.virtual if mesh.virtual > 1 else None,
-        batch_p2p_comm=cpu_host.has_cuda(),  # gloo has no batched sends
+        batch_p2p_comm=has_cuda(),  # gloo has no batched sends
         batch_p2p_sync=False,  # a wait of the host for the device after every exchange, for PyTorch before 1.13
         **options,
     )
@@ -256,7 +257,7 @@ def _lockstep(
         group=parallel_state.get_pipeline_model_parallel_group(),
         shape=(config.model.sequence_length // mesh.tensor, config.train.micro_batch_size, wide.hidden_size),
         dtype=tconfig.params_dtype,
-        device=cpu_host.device(),
+        device=this_device(),
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         side_by_side=side_by_side,
     )

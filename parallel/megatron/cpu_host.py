@@ -3,7 +3,7 @@
 megatron-core 0.16.1 asks for CUDA tensors, streams, events and RNG states by name. Where CUDA is present `install()`
 does nothing. Elsewhere it wraps the tensor factories and `Tensor.cuda/to/type/new_*` so that a CUDA device means the
 CPU, and puts inert stand-ins behind `torch.cuda`. A `TorchFunctionMode` would be neater but is off during backward and
-in other threads. Nothing else in the project asks 'am I on a CPU?' except through `device()` and the choice of kernels.
+in other threads. Our own code leans on none of it: it asks `parallel/device.py`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,13 @@ from typing import Any
 
 import torch
 
+from moue_dist.parallel.device import has_cuda
+
 _CPU = torch.device("cpu")
 _LIKE = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
 _SIZED = ("zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "empty_strided")
 _FACTORIES = (*_LIKE, *_SIZED, "tensor", "as_tensor", "arange", "linspace", "eye")
 _NEW = ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
-
-
-def device() -> torch.device:
-    """The device that this process trains on: its current CUDA device, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
-
-
-@functools.cache
-def has_cuda() -> bool:
-    """Whether a CUDA device is usable; asked once, before `install()` changes what `torch.cuda` says."""
-    return torch.cuda.is_available()
 
 
 @functools.cache

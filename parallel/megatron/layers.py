@@ -23,7 +23,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from moue_dist.config import Config
-from moue_dist.parallel.megatron import cpu_host, state_packing
+from moue_dist.parallel.device import this_device
+from moue_dist.parallel.megatron import state_packing
 from moue_dist.parallel.mesh import Mesh
 
 STATEFUL_ROUTERS = ("universal", "recurrent")
@@ -38,7 +39,7 @@ class LocalRMSNorm(nn.RMSNorm):
     """RMSNorm where Transformer Engine is absent; megatron-core's own torch norm refuses sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=cpu_host.device())
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=this_device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
@@ -134,7 +135,7 @@ def build_chunks(
         first, last = stage == 0, stage == len(layout) - 1
         chunk = GPTModel(
             tconfig,
-            block_spec(config, layout[stage], moe_layer, fused=fused, device=cpu_host.device()),
+            block_spec(config, layout[stage], moe_layer, fused=fused, device=this_device()),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.model.sequence_length,
             pre_process=first,
@@ -148,5 +149,5 @@ def build_chunks(
             layer.state_width = state_width
             layer.unpack_input = bool(state_width) and i == 0 and not first
             layer.pack_output = bool(state_width) and i == len(layout[stage]) - 1 and not last
-        chunks.append(chunk.to(device=cpu_host.device(), dtype=tconfig.params_dtype))
+        chunks.append(chunk.to(device=this_device(), dtype=tconfig.params_dtype))
     return chunks

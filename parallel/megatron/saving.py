@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from moue_dist.parallel.megatron import cpu_host
+from moue_dist.parallel.device import has_cuda
 
 
 def checkpoint_metadata() -> dict[str, Any]:
@@ -74,7 +74,7 @@ def prepare_to_load(optimizer: Any) -> None:
         if not isinstance(part, DistributedOptimizer):
             continue  # megatron-core's others make it themselves
         part._init_optimizer_states_with_dummy_values()
-        if not cpu_host.has_cuda():
+        if not has_cuda():
             _skip_step_tensor(part)
 
 

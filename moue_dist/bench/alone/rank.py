@@ -21,6 +21,7 @@ from moue_dist.bench.step.parts import guarded
 from moue_dist.bench.step.placements import variant
 from moue_dist.bench.step.setting import Setting
 from moue_dist.config import Config, ConfigError
+from moue_dist.parallel.device import this_device
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.parallel.rehearsal import Link, rehearse
@@ -67,7 +68,7 @@ def run(config: Config, options: BenchOptions) -> int:
 
 def _random_batches(config: Config, place: Place, steps: int) -> list[list[dict[str, Tensor]]]:
     """Random tokens: what neighbours send is random, too, so text would teach nothing."""
-    b, s, device = config.train.micro_batch_size, config.model.sequence_length, cpu_host.device()
+    b, s, device = config.train.micro_batch_size, config.model.sequence_length, this_device()
     mesh = build_mesh(place.world_size, config.parallel)
     generator = torch.Generator().manual_seed(config.train.seed)
 

@@ -24,8 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moue_dist.config import Config, ConfigError
+from moue_dist.parallel.device import this_device
 from moue_dist.parallel.megatron import adapter as megatron
-from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.megatron import layers as megatron_layers
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.refusals.machine import Resolved
@@ -139,7 +139,7 @@ class Baseline:
             group["lr"] = learning_rate(o, step, self.config.train.steps) * group.get("lr_mult", 1.0)
             group["weight_decay"] = o.weight_decay * group.get("wd_mult", 1.0)
         self.optimizer.step()
-        loss = torch.zeros(1, dtype=torch.float64, device=cpu_host.device())
+        loss = torch.zeros(1, dtype=torch.float64, device=this_device())
         if results:
             loss += torch.stack([r["loss"] for r in results]).double().mean() / (self.mesh.data * self.mesh.tensor)
         return loss
@@ -147,7 +147,7 @@ class Baseline:
     def counts_of(self, run: Callable[[], Any], group: Any) -> Tensor:
         """Assignments [L, P] of what `run` routes, over all ranks, on the host; for a step that is not timed."""
         topology, dense = self.config.topology(), self.config.model.dense_layers
-        counts_lw = torch.zeros(topology.layers, topology.window, dtype=torch.float64, device=cpu_host.device())
+        counts_lw = torch.zeros(topology.layers, topology.window, dtype=torch.float64, device=this_device())
         routers = [m for chunk in self.chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
 
         def tally(router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
@@ -185,7 +185,7 @@ class Baseline:
                 rotary_base=int(m.rope_base),
                 vp_stage=vp_stage,
             )
-            chunks.append(chunk.to(device=cpu_host.device(), dtype=self.tconfig.params_dtype))
+            chunks.append(chunk.to(device=this_device(), dtype=self.tconfig.params_dtype))
         return chunks
 
 

@@ -22,6 +22,7 @@ from moue_dist.bench.record.tables import tell
 from moue_dist.bench.timing.contest import measure
 from moue_dist.config import Config, ConfigError
 from moue_dist.kernels.backend import default_impl
+from moue_dist.parallel.device import free_unused, this_device
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import smallest_world
 from moue_dist.training.run import resolve_here
@@ -47,7 +48,7 @@ def run(config: Config, options: BenchOptions) -> int:
     cpu_host.install()
     path = Path(options.output) if options.output else None
     earlier = earlier_runs(path, options.append) if path else []
-    sizes, device = sizes_of(config, resolved.merge_wgrad), cpu_host.device()
+    sizes, device = sizes_of(config, resolved.merge_wgrad), this_device()
     bench = Bench(
         sizes=sizes if cuda else small(sizes),
         device=device,
@@ -59,7 +60,7 @@ def run(config: Config, options: BenchOptions) -> int:
     record |= {"sizes": asdict(bench.sizes), "dtype": str(bench.dtype).removeprefix("torch."), "impl": bench.impl}
     for name, make in contests(bench):
         record["parts"][name] = _guarded(name, make, options.samples, device)
-        torch.cuda.empty_cache()
+        free_unused()
         if path:
             write(path, [*earlier, record])
     tell(record, options)

@@ -62,9 +62,9 @@ class Inputs:
     @classmethod
     def draw(cls, tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, seed: int) -> Inputs:
         """Random tokens, choices without repetition, weights that sum to 1; on the current device."""
-        from moue_dist.parallel.megatron import cpu_host
+        from moue_dist.parallel.device import this_device
 
-        device = cpu_host.device()
+        device = this_device()
         g = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:

@@ -18,6 +18,7 @@ from moue_dist.bench.record.file import earlier_runs, write
 from moue_dist.bench.record.tables import tell
 from moue_dist.bench.timing.contest import Contest, measure
 from moue_dist.config import Config
+from moue_dist.parallel.device import this_device
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import Mesh, build_mesh
 from moue_dist.refusals.machine import Resolved
@@ -68,7 +69,7 @@ def run(form: Form, config: Config, place: Place, options: BenchOptions) -> int:
         here = Here(config, mesh, place.rank, resolved, world)
         record = describe(form, config, options, resolved, place.world_size)
         for name, contest in contests(form, here):
-            record["parts"][name] = measure(contest, options.samples, cpu_host.device(), world)
+            record["parts"][name] = measure(contest, options.samples, this_device(), world)
             del contest
             if path and leader:
                 write(path, [*earlier, record])
@@ -96,7 +97,7 @@ def _movement(here: Here) -> Contest:
     config = one_layer(here.config)
     placement = place_pool(config, here.mesh)
     groups = build_groups(here.mesh, here.rank, placement.stage_sets(), here.timeout)
-    hidden, device = config.model.hidden_size, cpu_host.device()
+    hidden, device = config.model.hidden_size, this_device()
     # experts as narrow as can be: they only say where rows go
     pool = ExpertPool(placement, here.mesh, here.rank, groups, hidden=hidden, width=1, dtype=here.dtype, device=device)
     inputs = Inputs.draw(

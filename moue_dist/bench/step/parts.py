@@ -19,6 +19,7 @@ from moue_dist.bench.step.setting import Setting, of_part
 from moue_dist.bench.timing.steps import time_steps
 from moue_dist.config import ConfigError
 from moue_dist.config.devices import Device
+from moue_dist.parallel.device import free_unused
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.planning.memory.sizes import GIB
 from moue_dist.planning.plan import build_plan
@@ -65,7 +66,7 @@ def _give_back(keep: Sequence[Any]) -> None:
         fp8.FP8GlobalStateManager.reset()  # the next part's FP8 statistics are its own
     megatron.shut_down(keep)
     gc.collect()
-    torch.cuda.empty_cache()
+    free_unused()
 
 
 def measure_ours(setting: Setting) -> dict[str, Any]:

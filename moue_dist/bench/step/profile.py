@@ -10,13 +10,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from moue_dist.bench.timing.quiet import no_garbage_collection
-from moue_dist.parallel.megatron import cpu_host
+from moue_dist.parallel.device import has_cuda, settle
 
 MOST = 40  # rows of the table of kernels
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "aten::item")
@@ -40,15 +39,15 @@ def profile_step(step: Callable[[], Any], world: Any) -> dict[str, Any]:
     The slowest is the rank whose device is busy longest without moving data: others wait for it in exchanges. `world`
     is None where one rank plays alone.
     """
-    cuda = cpu_host.has_cuda()
+    cuda = has_cuda()
     with no_garbage_collection():
-        torch.cuda.synchronize()
+        settle()
         if world is not None:
             dist.barrier(group=world)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with profile(activities=activities) as recorded:
             step()
-            torch.cuda.synchronize()
+            settle()
     mine = summary(_events(recorded), cuda=cuda)
     if world is None:
         return together([mine], cuda=cuda)

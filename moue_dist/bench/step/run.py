@@ -23,6 +23,7 @@ from moue_dist.bench.step.parts import guarded
 from moue_dist.bench.step.placements import variant
 from moue_dist.bench.step.setting import Setting
 from moue_dist.config import Config
+from moue_dist.parallel.device import this_device
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.parallel.mesh import build_mesh
 from moue_dist.training.run import Place, process_group, resolve_here
@@ -77,7 +78,7 @@ def _read_batches(config: Config, place: Place, steps: int, world: Any) -> list[
         prepare_corpus(config.data, folder)
     dist.barrier(group=world)
     train, _ = build_datasets(config, folder, steps * config.train.global_batch_size, 0)
-    batches = Batches(train, None, config.train, cpu_host.device())
+    batches = Batches(train, None, config.train, this_device())
     read = [batches.microbatches(i, mesh.coords(place.rank).dp, mesh.data) for i in range(steps)]
     batches.close()
     return read

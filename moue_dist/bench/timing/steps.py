@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from moue_dist.bench.timing.quiet import no_garbage_collection
-from moue_dist.parallel.megatron import cpu_host
+from moue_dist.parallel.device import forget_peak, peak_bytes, settle, this_device
+from moue_dist.parallel.recording.timeline import clock_of
 from moue_dist.planning.memory.sizes import GIB
 
 
@@ -23,21 +24,21 @@ def time_steps(step: Callable[[int], Any], warmup: int, steps: int, world: Any) 
 
     `step` gets the number of the step, from 0. Collective over `world`, and the same on all its ranks.
     """
-    torch.cuda.reset_peak_memory_stats()
+    forget_peak()
     for i in range(warmup):
         step(i)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    clock = clock_of(this_device())
     with no_garbage_collection():
-        torch.cuda.synchronize()
+        settle()
         dist.barrier(group=world)
-        marks[0].record()
+        marks = [clock.mark()]
         for i in range(steps):
             step(warmup + i)
-            marks[i + 1].record()
-        torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in pairwise(marks)]
-    device = cpu_host.device()
-    mine = torch.tensor([*times, torch.cuda.max_memory_allocated() / GIB], device=device, dtype=torch.float64)
+            marks.append(clock.mark())
+        settle()
+    times = [1e3 * clock.seconds(a, b) for a, b in pairwise(marks)]
+    device = this_device()
+    mine = torch.tensor([*times, peak_bytes() / GIB], device=device, dtype=torch.float64)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(world))]
     dist.all_gather(everyone, mine, group=world)
     table = torch.stack(everyone).cpu()

@@ -65,6 +65,14 @@ def test_only_one_file_reads_where_a_process_stands() -> None:
     assert len(set(readers)) > 15  # the pattern finds them
 
 
+def test_what_trains_leans_on_no_stand_in_of_a_gpu() -> None:
+    """cpu_host answers megatron-core's calls of torch.cuda; ours go through parallel/device.py, or say 'cuda' first."""
+    rooms = ("model", "checkpoint", "training", "bench")
+    mine = {path: text for path, text in texts().items() if path.startswith(tuple(f"moue_dist/{r}/" for r in rooms))}
+    found = {path for path, text in mine.items() if "torch.cuda." in text}
+    assert found == {"moue_dist/training/run.py", "moue_dist/bench/timing/contest.py"}
+
+
 # The checks, on inputs that they must and must not object to
 
 
