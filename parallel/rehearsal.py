@@ -49,7 +49,7 @@ class Echo(dist.ProcessGroup):
         self._rank, self._size, self._link, self._ticks = rank, size, link, ticks
         self._name = ""
         self._stream: torch.cuda.Stream | None = None
-        self.answer: Callable[[Tensor], None] | None = None  # fills what an all-to-all of row counts brings, if set
+        self.answer: Callable[[Tensor], None] | None = None  # fills what an all-to-all of whole numbers brings, if set
 
     def size(self) -> int:
         return self._size
@@ -96,7 +96,7 @@ class Echo(dist.ProcessGroup):
         mine = send[self._rank] / max(sum(send), 1) if send else 1 / self._size
 
         def fill() -> None:
-            if self.answer is not None and not send:
+            if self.answer is not None and not out.is_floating_point():
                 self.answer(out)
                 return
             rows = min(len(out), len(given))

@@ -25,7 +25,7 @@ def tile(width: int, elements: int = TILE) -> tuple[int, int]:
 
 def gather_rows(x_td: Tensor, index_r: Tensor, scale_r: Tensor | None, live: Tensor | None = None) -> Tensor:
     """See `permute.gather_rows`."""
-    _check(x_td)
+    check_rows(x_td)
     x_td, index_r = x_td.contiguous(), index_r.contiguous()
     rows, d = index_r.shape[0], x_td.shape[1]
     y_rd = x_td.new_empty(rows, d)
@@ -42,7 +42,7 @@ def gather_rows(x_td: Tensor, index_r: Tensor, scale_r: Tensor | None, live: Ten
 
 def gather_sum(rows_rd: Tensor, index_tk: Tensor, weight_tk: Tensor | None) -> Tensor:
     """See `permute.gather_sum`."""
-    _check(rows_rd)
+    check_rows(rows_rd)
     rows_rd, index_tk = rows_rd.contiguous(), index_tk.contiguous()
     (tokens, k), d = index_tk.shape, rows_rd.shape[1]
     y_td = rows_rd.new_empty(tokens, d)
@@ -56,7 +56,7 @@ def gather_sum(rows_rd: Tensor, index_tk: Tensor, weight_tk: Tensor | None) -> T
 
 def gather_dot(rows_rd: Tensor, index_tk: Tensor, dy_td: Tensor) -> Tensor:
     """See `permute.gather_dot`."""
-    _check(rows_rd)
+    check_rows(rows_rd)
     rows_rd, index_tk, dy_td = rows_rd.contiguous(), index_tk.contiguous(), dy_td.contiguous()
     (tokens, k), d = index_tk.shape, rows_rd.shape[1]
     dw_tk = torch.empty(tokens, k, dtype=torch.float32, device=rows_rd.device)
@@ -67,7 +67,7 @@ def gather_dot(rows_rd: Tensor, index_tk: Tensor, dy_td: Tensor) -> Tensor:
     return dw_tk
 
 
-def _check(x: Tensor) -> None:
+def check_rows(x: Tensor) -> None:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the Triton kernels take fp32, bf16 and fp16 rows, got {x.dtype}; pass impl='torch'")
 

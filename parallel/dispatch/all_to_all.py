@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moue_dist.kernels.rows.permute import combine as weighted_gather_sum
 from moue_dist.kernels.rows.permute import permute
-from moue_dist.parallel.dispatch.routes import RouteTable, RowOrder, inverse, order_by_expert, order_rows
+from moue_dist.parallel.dispatch.routes import RouteTable, RowOrder, inverse, order_rows, to_expert_order
 from moue_dist.parallel.recording.timeline import OFF, Timeline
 
 
@@ -58,8 +58,8 @@ class AllToAllDispatcher:
             both = torch.stack([order.counts_ow, theirs_ow]).cpu()  # the one wait for the device in a layer's forward
         send, receive = both[0].sum(1).tolist(), both[1].sum(1).tolist()
         rows = _AllToAll.apply(rows, send, receive, self.group, self.timeline)
-        from_source_r = order_by_expert(theirs_ow, sum(receive))
-        to_source_r = inverse(from_source_r)
+        to_source_r = to_expert_order(theirs_ow, sum(receive))
+        from_source_r = inverse(to_source_r)
         rows = permute(rows, from_source_r, to_source_r[:, None])
         counts = theirs_ow.sum(0)[: table.mine]
         handle = Handle(order, to_source_r, from_source_r, send, receive)

@@ -8,22 +8,18 @@ from dataclasses import dataclass
 
 @dataclass
 class SentBytes:
-    """Bytes of rows that this rank sent, by where they went. Counts and routing weights are included."""
+    """Bytes that this rank sent to others, by where they went. Counts and routing weights are included."""
 
-    same_cell: int = 0
     same_stage: int = 0
     other_stage: int = 0
 
-    def add(self, send_bytes: Sequence[int], stage: int, cell: int, expert_parallel: int) -> None:
+    def add(self, send_bytes: Sequence[int], stage: int, expert_parallel: int) -> None:
+        """`send_bytes` to each cell; those of a stage stand side by side."""
         for other, n in enumerate(send_bytes):
-            if other == cell:
-                self.same_cell += n
-            elif other // expert_parallel == stage:
+            if other // expert_parallel == stage:
                 self.same_stage += n
             else:
                 self.other_stage += n
 
     def __add__(self, other: SentBytes) -> SentBytes:
-        return SentBytes(
-            self.same_cell + other.same_cell, self.same_stage + other.same_stage, self.other_stage + other.other_stage
-        )
+        return SentBytes(self.same_stage + other.same_stage, self.other_stage + other.other_stage)

@@ -6,10 +6,14 @@ without work still serves its experts. A *round* is one MoE layer of every stage
 the same rounds in the same order, idle ones with no rows.
 
 The clock says which round is due (`clock.py`), the owner computes what arrives (`owner.py`), the wire carries it
-(`wire.py`); here is the source's side, and the rounds that join them. Under full recompute the source's re-run of a
-layer needs moe's place in the graph, not its value (a layer ends in x + moe(norm(x))), so it sends nothing.
+(`wire.py`); here is the source's side, and the rounds that join them. What a rank has for experts of its own never
+enters a collective: its owner's side takes it from the tokens, and its results go back to them, from where they stand
+(`meeting.py`). Under full recompute the source's re-run of a layer needs moe's place in the graph, not its value (a
+layer ends in x + moe(norm(x))), so it sends nothing.
 
-Legend: C = PP * EP cells, a cell's rows of the pool padded to n; R rows of a source, Q rows at an owner; d hidden.
+Legend: C = PP * EP cells, a cell's rows of the pool padded to n; T tokens of a source, k choices, R = T * k rows, A of
+them for others; Q rows at an owner, V of them from others; d hidden. Rows of a source stand by bin, those that stay
+first; rows at an owner by source (`meeting.py`) until they are sorted by expert.
 """
 
 from __future__ import annotations
@@ -22,11 +26,13 @@ import torch
 from torch import Tensor
 
 from moue_dist.kernels.backend import ExpertBackend
-from moue_dist.kernels.rows.permute import gather_rows, gather_sum
-from moue_dist.parallel.dispatch.routes import RouteTable, order_rows
+from moue_dist.kernels.rows.pair import gather_pair, gather_sum_pair
+from moue_dist.kernels.rows.permute import gather_rows
+from moue_dist.parallel.dispatch.routes import RouteTable, RowOrder, key_type, order_rows
 from moue_dist.parallel.dispatch.sent import SentBytes
 from moue_dist.parallel.groups import Way
 from moue_dist.parallel.lockstep.clock import Clock
+from moue_dist.parallel.lockstep.meeting import Counts, Meeting
 from moue_dist.parallel.lockstep.owner import Owner
 from moue_dist.parallel.lockstep.schedule import LockstepError, Schedule
 from moue_dist.parallel.lockstep.wire import Wire, on_host
@@ -37,7 +43,7 @@ from moue_dist.parallel.recording.timeline import Timeline
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What a source remembers of a forward round until the re-run: the experts, and how many rows went where."""
+    """What a source remembers of a forward round until the re-run: the experts, and how many rows went to whom."""
 
     ids_tk: Tensor
     send: list[int]
@@ -74,12 +80,16 @@ class LockstepExchange:
             pool.slab(pool.ids),
             held=held[cell],
             width=max(held),
+            cell=cell,
             cells=self.cells,
             expert_parallel=p.expert_parallel,
             backend=backend,
             recompute=recompute,
         )
         self._chosen: dict[tuple[int, int], _Chosen] = {}
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        self._no_tokens = self.owner.slab.weight.new_empty(0, self.owner.slab.hidden)
+        self._no_rows = RowOrder(none, none, none.view(0, 1), none.new_zeros(self.cells, self.owner.width))
 
     @property
     def sent(self) -> SentBytes:
@@ -92,16 +102,16 @@ class LockstepExchange:
         return False  # sizes are known before anything is sent
 
     def layer(self, visible: Sequence[int], index: int) -> LockstepExperts:
-        """Its bins: cell * width + row in that cell."""
-        p, width = self.placement, self.owner.width
-        bin_p = torch.full((p.pool,), -1, dtype=torch.int64)
+        """Its bins: block * width + row in that cell; this cell is block 0, the others follow in their order."""
+        p, width, me = self.placement, self.owner.width, self.owner.cell
+        bin_p = torch.full((p.pool,), -1, dtype=key_type(self.cells * width))
         rows = {
             c: {e: i for i, e in enumerate(p.rows(c // p.expert_parallel, c % p.expert_parallel))}
             for c in range(self.cells)
         }
         for e in visible:
             c = p.server(e, self.clock.stage) * p.expert_parallel + p.columns[e]
-            bin_p[e] = c * width + rows[c][e]
+            bin_p[e] = (0 if c == me else c + (c < me)) * width + rows[c][e]
         return LockstepExperts(self, RouteTable(bin_p.to(self.device), self.cells, width, self.owner.held), index)
 
     # The pipeline's side: a step, and what a stage serves beside its own layers.
@@ -114,15 +124,14 @@ class LockstepExchange:
 
     def serve(self, way: Way, down_to: int = 0) -> None:
         """Run rounds without rows of one's own: all that are due, in backward those of layers >= `down_to`."""
+        tokens, order = self._no_tokens, self._no_rows
+        no_weight = tokens.new_empty(0, 1, dtype=torch.float32)
         while (j := self.clock.next(way, down_to)) is not None:
-            nothing = self.owner.slab.weight.new_empty(0, self.owner.slab.hidden)
             with self.wire.timeline.span("serve"):
                 if way == "forward":
-                    no_rows = torch.zeros(self.cells, self.owner.width, dtype=torch.int64, device=self.device)
-                    self.forward_round(j, nothing, no_rows)
+                    self.forward_round(j, tokens, no_weight, order)
                 else:
-                    no_weight = torch.empty(0, dtype=torch.float32, device=self.device)
-                    self.backward_round(j, nothing, no_weight, nothing, [0] * self.cells)
+                    self.backward_round(j, tokens, tokens, no_weight, order, [0] * (self.cells - 1))
 
     def end_schedule(self) -> None:
         if self.owner.waiting or self._chosen:
@@ -132,23 +141,28 @@ class LockstepExchange:
 
     # The rounds.
 
-    def forward_round(self, j: int, rows_rd: Tensor, counts_cn: Tensor) -> tuple[Tensor, list[int]]:
-        """Rows sorted by bin -> experts' outputs in the same order, and the send sizes."""
-        clock, wire = self.clock, self.wire
+    def forward_round(self, j: int, x_td: Tensor, weight_tk: Tensor, order: RowOrder) -> tuple[Tensor, list[int]]:
+        """Tokens -> the weighted sums of their experts' outputs, [T, d], and how many rows went to each other cell."""
+        clock, wire, counts_bn = self.clock, self.wire, order.counts_ow
         clock.enter("forward", j)
         with clock.turn(("forward", j, "counts")):
-            theirs_cn = wire.counts(counts_cn)
-        send_cn, got_cn = on_host(torch.stack([counts_cn, theirs_cn]))  # the one wait for the device in a round
-        send, receive = send_cn.sum(1).tolist(), got_cn.sum(1).tolist()
+            theirs_bn = torch.cat([counts_bn[:1], wire.counts(counts_bn[1:])])
+        sent_bn, host_bn = on_host(torch.stack([counts_bn, theirs_bn]))  # the one wait for the device in a round
+        (stay, *send), counts = sent_bn.sum(1).tolist(), Counts(theirs_bn, host_bn)
         with clock.turn(("forward", j, "rows")):
-            received = wire.rows("forward", rows_rd, send, receive)
-            out = self.owner.forward(j, received, theirs_cn, got_cn, receive)
-            return wire.rows("forward", out, receive, send), send
+            meeting = Meeting.of(counts, self.owner.held, self.owner.cell)
+            received_vd = wire.rows("forward", gather_rows(x_td, order.source_r[stay:]), send, meeting.theirs)
+            self.owner.keep(j, received_vd, counts)
+            tokens_q = meeting.tokens(order.source_r, x_td.shape[0])
+            out_qd = self.owner.forward(meeting, gather_pair(x_td, received_vd, tokens_q))
+            back_vd = gather_rows(out_qd, meeting.to_expert_q[stay:])
+            returned_ad = wire.rows("forward", back_vd, meeting.theirs, send)
+        return gather_sum_pair(out_qd, returned_ad, meeting.results(order.position_tk, len(out_qd)), weight_tk), send
 
     def backward_round(
-        self, j: int, dy_rd: Tensor, weight_r: Tensor, rows_rd: Tensor, send: list[int]
+        self, j: int, x_td: Tensor, dy_td: Tensor, weight_tk: Tensor, order: RowOrder, send: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the weighted outputs -> (gradients of rows, of weights), in the source's order.
+        """Gradients of a forward round's result -> those of its tokens [T, d], and of the routing weights [T, k] fp32.
 
         No sizes are exchanged: sources remember theirs, owners find them by the schedule.
         """
@@ -156,13 +170,26 @@ class LockstepExchange:
         clock.enter("backward", j)
         with clock.turn(("backward", j, "rows")):
             returning = self.owner.take(j)
-            receive = returning.receive
-            dy_qd = wire.rows("backward", dy_rd, send, receive)
-            weight_q = wire.rows("backward", weight_r, send, receive)
-            x_qd = wire.rows("backward", rows_rd, send, receive) if self.recompute else None
-            dx_qd, dweight_q = self.owner.backward(returning, x_qd, dy_qd, weight_q)
-            dx_rd = wire.rows("backward", dx_qd, receive, send)
-            return dx_rd, wire.rows("backward", dweight_q, receive, send)
+            meeting = Meeting.of(returning.counts, self.owner.held, self.owner.cell)
+            stay, theirs, away_a = meeting.own, meeting.theirs, order.source_r[meeting.own :]
+            weight_r = weight_tk.reshape(-1)[order.choice_r].float()
+            dy_vd = wire.rows("backward", gather_rows(dy_td, away_a), send, theirs)
+            weight_v = wire.rows("backward", weight_r[stay:], send, theirs)
+            x_vd = returning.rows_vd
+            if x_vd is None:
+                x_vd = wire.rows("backward", gather_rows(x_td, away_a), send, theirs)
+            tokens_q = meeting.tokens(order.source_r, x_td.shape[0])
+            dx_qd, dweight_q = self.owner.backward(
+                meeting,
+                gather_pair(x_td, x_vd, tokens_q),
+                gather_pair(dy_td, dy_vd, tokens_q),
+                torch.cat([weight_r[:stay], weight_v])[meeting.from_source_q],
+            )
+            dweight_s = dweight_q[meeting.to_expert_q]  # by source
+            dx_ad = wire.rows("backward", gather_rows(dx_qd, meeting.to_expert_q[stay:]), theirs, send)
+            dweight_a = wire.rows("backward", dweight_s[stay:], theirs, send)
+        dweight_tk = torch.cat([dweight_s[:stay], dweight_a])[order.position_tk]
+        return gather_sum_pair(dx_qd, dx_ad, meeting.results(order.position_tk, len(dx_qd))), dweight_tk
 
     # What a layer's re-run needs of its first run.
 
@@ -227,24 +254,20 @@ class _Rounds(torch.autograd.Function):
         again: int | None,  # the microbatch that runs again
     ) -> Tensor:
         exchange, j = layer.exchange, layer.j
-        order = order_rows(ids_tk, layer.table)
-        ctx.layer = layer
+        x_td = x_td.contiguous()
+        ctx.layer, ctx.order = layer, order_rows(ids_tk, layer.table)
+        ctx.save_for_backward(x_td, weight_tk)
         if again is not None:
             ctx.send = exchange.forget(again, j).send
-            ctx.save_for_backward(x_td, weight_tk, order.position_tk, order.source_r, order.choice_r)
             return torch.zeros_like(x_td)
-        rows, ctx.send = exchange.forward_round(j, gather_rows(x_td, order.source_r), order.counts_ow)
+        y_td, ctx.send = exchange.forward_round(j, x_td, weight_tk, ctx.order)
         exchange.remember(j, _Chosen(ids_tk, ctx.send))
-        ctx.save_for_backward(None, weight_tk, order.position_tk, order.source_r, order.choice_r)
-        return gather_sum(rows, order.position_tk, weight_tk)
+        return y_td
 
     @staticmethod
     def backward(ctx: Any, dy_td: Tensor) -> tuple[Tensor | None, ...]:
-        x_td, weight_tk, position_tk, source_r, choice_r = ctx.saved_tensors
-        dy_rd = gather_rows(dy_td.contiguous(), source_r)
-        rows_rd = gather_rows(x_td, source_r) if x_td is not None else dy_rd
-        weight_r = weight_tk.reshape(-1)[choice_r].float()
-        exchange = ctx.layer.exchange
-        dx_rd, dweight_r = exchange.backward_round(ctx.layer.j, dy_rd, weight_r, rows_rd, ctx.send)
-        dweight_tk = dweight_r[position_tk].to(weight_tk.dtype)
-        return None, gather_sum(dx_rd, position_tk), dweight_tk, None, None, None
+        x_td, weight_tk = ctx.saved_tensors
+        dx_td, dweight_tk = ctx.layer.exchange.backward_round(
+            ctx.layer.j, x_td, dy_td.contiguous(), weight_tk, ctx.order, ctx.send
+        )
+        return None, dx_td, dweight_tk.to(weight_tk.dtype), None, None, None

@@ -1,10 +1,12 @@
-"""The owner's side of the rounds: this cell's experts, computed for whoever sent rows.
+"""The owner's side of the rounds: this cell's experts, computed for whoever brought rows.
 
 Rows that met in one GEMM forward do not meet in backward, where stages are at other microbatches. So the owner keeps
-what it received per (source cell, microbatch, round) and backward regroups it; with full recompute it keeps counts
-alone, and the rows travel once more with their gradients.
+what it received per (source, microbatch, round) and backward regroups it. A source here is this rank itself, of whose
+rows the tokens are still there and only counts are kept, or the other cells of one stage, which all are at the same
+microbatch. With full recompute only counts are kept of those, too: the rows travel once more with their gradients.
 
-Legend: C cells, n a cell's rows of the pool, padded to the largest; Q rows at this owner; d hidden.
+Legend: C cells, B = C blocks of rows (`meeting.py`), n a cell's rows of the pool, padded to the largest; Q rows at this
+owner, V of them from others; T tokens of this rank; d hidden.
 """
 
 from __future__ import annotations
@@ -17,29 +19,33 @@ from torch import Tensor
 
 from moue_dist.kernels.backend import ExpertBackend
 from moue_dist.kernels.experts.mlp import ExpertSlab, expert_backward, expert_mlp
-from moue_dist.kernels.rows.permute import gather_rows
-from moue_dist.parallel.dispatch.routes import inverse, order_by_expert
+from moue_dist.parallel.groups import Way
 from moue_dist.parallel.lockstep.clock import Clock
+from moue_dist.parallel.lockstep.meeting import Counts, Meeting
 from moue_dist.parallel.lockstep.schedule import LockstepError
+
+
+class _Source(NamedTuple):
+    """Blocks of rows that come and return together: those of one stage."""
+
+    stage: int
+    first: int
+    end: int
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What an owner remembers of one source's forward round: rows (None with recompute) and counts."""
+    """What an owner remembers of one source's forward round: rows [_, d] (None: they are not kept here) and counts."""
 
-    rows_qd: Tensor | None
-    counts_n: list[int]
+    rows: Tensor | None
+    counts: Counts
 
 
 class Returning(NamedTuple):
-    """A backward round's rows, by source cell: how many of each expert, and the rows that were kept."""
+    """A backward round's rows: how many of each expert, and those that were kept, [V, d] (None: they travel again)."""
 
-    counts_cn: list[list[int]]
-    kept: list[Tensor]
-
-    @property
-    def receive(self) -> list[int]:
-        return [sum(counts_n) for counts_n in self.counts_cn]
+    counts: Counts
+    rows_vd: Tensor | None
 
 
 class Owner:
@@ -52,14 +58,18 @@ class Owner:
         *,
         held: int,
         width: int,
+        cell: int,
         cells: int,
         expert_parallel: int,
         backend: ExpertBackend,
         recompute: bool,
     ) -> None:
         self.clock, self.slab, self.held, self.width = clock, slab, held, width
-        self._cells, self._expert_parallel, self.backend, self.recompute = cells, expert_parallel, backend, recompute
-        self._kept: dict[tuple[int, int, int], _Kept] = {}
+        self.cell, self.backend, self.recompute = cell, backend, recompute
+        self._sources = _sources(cell, cells, expert_parallel)
+        zeros = torch.zeros(cells, width, dtype=torch.int64)
+        self._none = Counts(zeros.to(slab.weight.device), zeros)
+        self._kept: dict[tuple[_Source, int, int], _Kept] = {}
         self.rows_kept_peak = 0
 
     def begin_step(self) -> None:
@@ -71,68 +81,72 @@ class Owner:
         """Rounds whose backward has not come."""
         return len(self._kept)
 
-    def forward(self, j: int, received: Tensor, theirs_cn: Tensor, got_cn: Tensor, receive: list[int]) -> Tensor:
-        """Outputs of `received` [Q, d], ordered by source as these are; `got_cn` is `theirs_cn` on the host."""
-        self.keep(j, received, got_cn, receive)
-        order = order_by_expert(theirs_cn, sum(receive))
+    def forward(self, meeting: Meeting, x_qd: Tensor) -> Tensor:
+        """Outputs [Q, d] of the rows of a round by expert, in the same order."""
         with torch.no_grad():
-            out = expert_mlp(
-                gather_rows(received, order),
-                theirs_cn.sum(0)[: self.held],
-                self.slab,
-                backend=self.backend,
-                counts_host=got_cn.sum(0)[: self.held].tolist(),
-            )
-        return gather_rows(out, inverse(order))
+            return expert_mlp(x_qd, meeting.counts_n, self.slab, backend=self.backend, counts_host=meeting.counts_host)
 
-    def keep(self, j: int, received: Tensor, got_cn: Tensor, receive: list[int]) -> None:
+    def backward(self, meeting: Meeting, x_qd: Tensor, dy_qd: Tensor, weight_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of rows [Q, d] and of routing weights [Q], all by expert."""
+        return expert_backward(
+            x_qd,
+            dy_qd,
+            weight_q,
+            meeting.counts_n,
+            self.slab,
+            backend=self.backend,
+            counts_host=meeting.counts_host,
+        )
+
+    def keep(self, j: int, received_vd: Tensor, counts: Counts) -> None:
         """Remember what came for layer j until its backward."""
         if self.clock.schedule.forward_only:
             return
-        for cell, part in enumerate(received.split(receive)):
-            m = self._at("forward", cell, j)
-            if m is None:
-                if part.shape[0]:
-                    raise LockstepError(
-                        f"slot {self.clock.slot}: cell {cell} sent rows of layer {j}, but is idle by schedule"
-                    )
-                continue
-            # A copy of its own: sources free theirs at different slots, and a view would pin the whole buffer.
-            rows = None if self.recompute else part.clone()
-            self._kept[cell, m, j] = _Kept(rows, got_cn[cell].tolist())
-        kept = sum(k.rows_qd.shape[0] for k in self._kept.values() if k.rows_qd is not None)
+        rows, at = counts.rows, 0
+        for source in self._sources:
+            m = self._microbatch("forward", source, j)
+            mine = sum(rows[source.first : source.end])
+            if m is None and mine:
+                block = next(b for b in range(source.first, source.end) if rows[b])
+                cell = self._cell_of(block)
+                raise LockstepError(
+                    f"slot {self.clock.slot}: cell {cell} sent rows of layer {j}, but is idle by schedule"
+                )
+            if m is not None:
+                # A copy of its own: sources free theirs at different slots, and a view would pin the whole buffer.
+                part = None if self.recompute or source.first == 0 else received_vd[at : at + mine].clone()
+                self._kept[source, m, j] = _Kept(part, counts.blocks(source.first, source.end))
+            at += mine if source.first else 0
+        kept = sum(k.rows.shape[0] for k in self._kept.values() if k.rows is not None)
         self.rows_kept_peak = max(self.rows_kept_peak, kept)
 
     def take(self, j: int) -> Returning:
         """What was kept of the rows whose backward is due in layer j. Sizes follow from the schedule alone."""
-        counts, kept = [], []
-        for cell in range(self._cells):
-            m = self._at("backward", cell, j)
-            found = self._kept.pop((cell, m, j)) if m is not None else _Kept(None, [0] * self.width)
-            counts.append(found.counts_n)
-            kept += [] if found.rows_qd is None else [found.rows_qd]
-        return Returning(counts, kept)
+        counts, rows = [], []
+        for source in self._sources:
+            m = self._microbatch("backward", source, j)
+            nothing = _Kept(None, self._none.blocks(source.first, source.end))
+            found = nothing if m is None else self._kept.pop((source, m, j))
+            counts.append(found.counts)
+            rows += [] if found.rows is None else [found.rows]
+        empty = self.slab.weight.new_empty(0, self.slab.hidden)
+        rows_vd = rows[0] if len(rows) == 1 else torch.cat([empty, *rows])
+        return Returning(Counts.join(counts), None if self.recompute else rows_vd)
 
-    def backward(
-        self, returning: Returning, x_qd: Tensor | None, dy_qd: Tensor, weight_q: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of rows [Q, d] and of routing weights [Q], ordered by source. `x_qd`: the rows, where not kept."""
-        if x_qd is None:
-            x_qd = torch.cat([dy_qd.new_empty(0, self.slab.hidden), *returning.kept])
-        counts_cn = torch.tensor(returning.counts_cn, dtype=torch.int64)
-        on_device = counts_cn.to(dy_qd.device, non_blocking=True)
-        order = order_by_expert(on_device, dy_qd.shape[0])
-        dx_qd, dweight_q = expert_backward(
-            gather_rows(x_qd, order),
-            gather_rows(dy_qd, order),
-            weight_q[order],
-            on_device.sum(0)[: self.held],
-            self.slab,
-            backend=self.backend,
-            counts_host=counts_cn.sum(0)[: self.held].tolist(),
-        )
-        back = inverse(order)
-        return gather_rows(dx_qd, back), dweight_q[back]
+    def _microbatch(self, way: Way, source: _Source, j: int) -> int | None:
+        return self.clock.at(way, source.stage, j)
 
-    def _at(self, way: str, cell: int, j: int) -> int | None:
-        return self.clock.at(way, cell // self._expert_parallel, j)  # type: ignore[arg-type]
+    def _cell_of(self, block: int) -> int:
+        return self.cell if block == 0 else block - 1 if block <= self.cell else block
+
+
+def _sources(cell: int, cells: int, expert_parallel: int) -> list[_Source]:
+    """This cell alone, then the other cells, stage by stage. Example, cell 1 of 4, two a stage: (0, 0, 1), (0, 1, 2),
+    (1, 2, 4)."""
+    found, block = [_Source(cell // expert_parallel, 0, 1)], 1
+    for stage in range(cells // expert_parallel):
+        end = block + expert_parallel - (stage == cell // expert_parallel)
+        if end > block:
+            found.append(_Source(stage, block, end))
+        block = end
+    return found

@@ -1,7 +1,7 @@
 """The messages of the rounds: all-to-all over the cells of all stages, one communicator a direction, counted.
 
 Two communicators, because a slot's two directions may run side by side. Their calls come in one order on all ranks
-(`turns.py`).
+(`turns.py`). What a rank has for itself is in no message: everything here is by *other* cells, in their order.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ class Wire:
         """What this rank has sent."""
         return self._sent["forward"] + self._sent["backward"]
 
-    def counts(self, counts_cn: Tensor) -> Tensor:
-        """What each cell will send to this one's experts, [C, n]; `counts_cn` is what this one sends to theirs."""
-        theirs_cn = torch.empty_like(counts_cn)
-        with self.timeline.span("transfer"):
-            dist.all_to_all_single(theirs_cn, counts_cn, group=self.groups["forward"])
-        self._count("forward", [counts_cn.shape[1] * counts_cn.element_size()] * self.cells)
-        return theirs_cn
+    def counts(self, counts_on: Tensor) -> Tensor:
+        """Rows of each expert of the other cells that go there, [C - 1, n] -> rows of each expert here that come."""
+        one_each = [1] * (self.cells - 1)
+        return self.rows("forward", counts_on, one_each, one_each)
 
     def rows(self, way: Way, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Rows by cell: `send[c]` of them go to cell c, `receive[c]` come from it."""
+        """Rows by other cell: `send[i]` of them go to the i-th, `receive[i]` come from it."""
         out = rows.new_empty(sum(receive), *rows.shape[1:])
+        if self.cells == 1:
+            return out
         with self.timeline.span("transfer"):
-            dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.groups[way])
+            dist.all_to_all_single(
+                out, rows.contiguous(), self._of_all(receive), self._of_all(send), group=self.groups[way]
+            )
         size = math.prod(rows.shape[1:]) * rows.element_size()
-        self._count(way, [n * size for n in send])
+        stage = self.cell // self._expert_parallel
+        self._sent[way].add([n * size for n in self._of_all(send)], stage, self._expert_parallel)
         return out
 
-    def _count(self, way: Way, send_bytes: list[int]) -> None:
-        stage = self.cell // self._expert_parallel
-        self._sent[way].add(send_bytes, stage, self.cell, self._expert_parallel)
+    def _of_all(self, others: list[int]) -> list[int]:
+        return [*others[: self.cell], 0, *others[self.cell :]]
 
 
 def on_host(numbers: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ E ranks that hold the same cell (expert data), C = S * EP cells, h holders of an
 
 Dispatch. A MoE layer routes n = tokens of the step * top_k rows; `use[s, e]` is the share of them that meets expert e,
 summed over the layers of stage s. A row whose expert is computed on another stage crosses; otherwise it goes to its
-expert's column, which is the source's own for 1 in EP rows. Bytes of one row, over a whole step:
+expert's column, which is the source's own for 1 in EP rows: what stays on its rank is in no message. Bytes of one row
+that travels, over a whole step:
 
     per stage (replicate)      4 d b            dispatch, combine, and their gradients back; 6 d b with recompute=full
     lock step, rows kept       4 d b + 8        forward d b out, d b back; backward d b + 4 out, d b + 4 back, where
@@ -15,9 +16,9 @@ expert's column, which is the source's own for 1 in EP rows. Bytes of one row, o
     lock step, recompute=full  5 d b + 8        the rows travel once more, with their gradients
 
 Counts, int64, go before each forward exchange, padded to w, the most experts that one peer may serve. Lock step: a rank
-sends 8 w to each of the C cells in each of (M + S - 1) * max(MoE layers of a stage) rounds, w a cell's largest number
-of rows. Per stage: 8 w to each of EP columns for every layer and microbatch (twice with recompute=full), w the largest
-part of a window in one column.
+sends 8 w to each of the C - 1 other cells in each of (M + S - 1) * max(MoE layers of a stage) rounds, w the largest
+number of experts of a cell. Per stage: 8 w to each of EP - 1 other columns for every layer and microbatch (twice with
+recompute=full), w the largest part of a window in one column.
 
 Replicas. Every step each copy's fp32 gradient goes to the owners of its shares (reduce-scatter) and the new weights
 come back (all-gather). An expert with h holders has R = h * E replicas; of its 4 + b bytes a number, R - E times as
@@ -143,13 +144,12 @@ def row_wire_bytes(hidden: int, number: int, *, lock_step: bool, recompute: bool
 class Traffic:
     """Bytes that all ranks together send in one training step for the pool, by how far they go; and shares.
 
-    `across` and `within` are dispatch with its counts, to ranks of other stages and to other ranks of the same;
-    `here` stays on the rank. `sync_across` and `sync_within` are the replicas' gradients and weights.
+    `across` and `within` are dispatch with its counts, to ranks of other stages and to other ranks of the same.
+    `sync_across` and `sync_within` are the replicas' gradients and weights.
     """
 
     across: int
     within: int
-    here: int
     sync_across: int
     sync_within: int
     local_experts: float  # share of experts that every stage which reaches them holds: no token of theirs crosses
@@ -185,18 +185,17 @@ def step_traffic(
     local = total - away
     across = away * rows * row_bytes
     within = local * rows * row_bytes * (ep - 1) / ep
-    here = local * rows * row_bytes / ep
 
     if lock_step:
         held = [sum(n for n, at in placement.column_runs(c) if s in at) for c in range(ep) for s in range(stages)]
         vectors = (microbatches + stages - 1) * max(layers, default=0) * stages * ep * expert_data
         a_vector = COUNT_BYTES * max(held, default=0) * vectors
-        across, within, here = across + a_vector * (stages - 1) * ep, within + a_vector * (ep - 1), here + a_vector
+        across, within = across + a_vector * (stages - 1) * ep, within + a_vector * (ep - 1)
     elif ep > 1:
         a_vector = (
             COUNT_BYTES * -(-window // ep) * sum(layers) * microbatches * ep * expert_data * (2 if recompute else 1)
         )
-        within, here = within + a_vector * (ep - 1), here + a_vector
+        within += a_vector * (ep - 1)
 
     copies = np.asarray([len(at) for at in placement.holders], dtype=np.int64)
     a_copy = each.row * (each.gradient + each.weight)
@@ -205,7 +204,6 @@ def step_traffic(
     return Traffic(
         across=round(across),
         within=round(within),
-        here=round(here),
         sync_across=int(((copies - 1) * expert_data * a_copy)[copies > 0].sum()),
         sync_within=int((copies > 0).sum()) * (expert_data - 1) * a_copy,
         local_experts=1.0 - float(reached_elsewhere.mean()) if placement.pool else 1.0,

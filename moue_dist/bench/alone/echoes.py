@@ -51,9 +51,10 @@ def _expected_counts(system: System, exchange: LockstepExchange) -> Callable[[Te
 
     def answer(out: Tensor) -> None:
         j = max(clock.layers) - len(clock.due["forward"]) - 1  # the round that was just entered
-        for cell in range(exchange.cells):
+        others = [cell for cell in range(exchange.cells) if cell != exchange.owner.cell]
+        for row, cell in zip(out, others, strict=True):
             stage = cell // p.expert_parallel
             busy = clock.schedule.microbatch("forward", clock.slot, stage) is not None
-            out[cell].copy_(table[stage, j] if busy and j < clock.layers[stage] else nothing)
+            row.copy_(table[stage, j] if busy and j < clock.layers[stage] else nothing)
 
     return answer

@@ -35,7 +35,7 @@ moe.experts=fp8 keeps no rows in FP8 beyond the next product; its weights in FP8
 With recompute=full a layer keeps its input u d b and state 4 u r, and its own backward has the rest once.
 
 In lock step (parallel.placement=home or hybrid) a layer keeps no rows, pre-activations, activations or outputs of
-experts: their owner keeps rows (`in_flight.py`).
+experts; of its own rows there is the router's input. Those of others are kept by their owner (`in_flight.py`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ import math
 from moue_dist.config import Config
 from moue_dist.parallel.mesh import Mesh
 from moue_dist.planning.flops import LayerParameters, dense_ffn_width
+from moue_dist.planning.memory.in_flight import Served
 from moue_dist.planning.memory.sizes import Share, number_bytes, tokens_of, visible_experts
 from moue_dist.refusals.machine import Resolved
 
@@ -124,24 +125,24 @@ def workspace_of(config: Config, mesh: Mesh, layer: int, share: Share, resolved:
     return rows * 4 * f * b + max(rows * d * b, weight_gradient, both) + recomputed + exchanged
 
 
-def round_workspace(config: Config, mesh: Mesh, met: int, *, forward: bool) -> int:
-    """Bytes that live only during a backward round of lock step; `met` rows are at this rank's experts.
+def round_workspace(config: Config, served: Served, *, forward: bool) -> int:
+    """Bytes that live only during a backward round of lock step.
 
-    `forward` adds those of a forward round beside it: rows sent and outputs received, rows received and by expert,
-    pre-activations, activations, outputs by expert and as sent.
+    `forward` adds those of a forward round beside it: rows sent and outputs returned, rows received and their outputs,
+    and by expert rows, pre-activations, activations and outputs.
 
-    The source holds its rows' gradients, sent and received (and with recompute the rows). The owner holds rows and
-    gradients as received and by expert, pre-activations and their gradients, activations and theirs, and the rows'
-    gradients by expert and as sent.
+    The source holds its rows' gradients, sent and returned (and with recompute the rows). The owner holds gradients as
+    received and as returned (and with recompute the rows), and by expert the rows and their outputs' gradients,
+    pre-activations and activations with their gradients, and the rows' gradients.
     """
-    e, b, d = config.moe, number_bytes(config), config.model.hidden_size
-    sent = tokens_of(config) // mesh.tensor * e.top_k
-    backward = sent * d * b * (3 if config.parallel.recompute == "full" else 2) + met * (6 * d + 6 * e.expert_width) * b
-    return backward + (sent * 2 * d * b + met * (4 * d + 3 * e.expert_width) * b if forward else 0)
+    b, d, f = number_bytes(config), config.model.hidden_size, config.moe.expert_width
+    travelling = served.away + served.theirs
+    backward = travelling * d * (3 if config.parallel.recompute == "full" else 2) + served.met * (3 * d + 6 * f)
+    return b * (backward + (travelling * 2 * d + served.met * (2 * d + 3 * f) if forward else 0))
 
 
 def waiting_rows(
-    config: Config, mesh: Mesh, kept: dict[int, int], a_round: int, share: Share, resolved: Resolved
+    config: Config, mesh: Mesh, kept: dict[int, int], served: Served, share: Share, resolved: Resolved
 ) -> int:
     """Bytes of rows whose weight gradients wait for those of other layers, at the peak.
 
@@ -153,7 +154,9 @@ def waiting_rows(
     more = resolved.merge_wgrad - 1
     if not more or not layers:
         return 0
-    rows = a_round or rows_with_room(config, mesh, resolved)
+    rows = served.met or rows_with_room(config, mesh, resolved)
     each = rows * (2 * d + 3 * e.expert_width) * b
-    freed = 0 if len(layers) % resolved.merge_wgrad else kept[layers[-1]] + (rows * d * b if a_round else 0)
+    freed = (
+        0 if len(layers) % resolved.merge_wgrad else kept[layers[-1]] + (served.theirs * d * b if served.kept else 0)
+    )
     return more * max(each - freed, 0)

@@ -8,11 +8,14 @@ lock step (parallel.placement=home or hybrid) keeps min(M, 2 (PP - p - 1) + 1 + 
 directions run side by side, backward frees a layer while forward fills one: of the last microbatch only one layer
 counts at its source, nothing at its owners, but a forward round's buffers stand beside a backward round's.
 
-In lock step the owner of an expert keeps the rows as it received them, d b each, for every microbatch in flight on the
-stage that sent them: about PP n R rows a rank, n MoE layers a stage; none with recompute=full.
+In lock step the owner of an expert keeps the rows that other ranks sent, d b each, for every microbatch in flight on
+their stage: all stages together about PP n R rows a rank, n MoE layers a stage, less those that never left theirs; none
+with recompute=full. Of its own rows it keeps the tokens (`activations.py`).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,27 +52,40 @@ def side_by_side(config: Config, mesh: Mesh, stage: int, microbatches: int) -> b
     return lag % 2 == 1 and mesh.tensor == 1 and microbatches >= 2 * (mesh.pipeline - 1 - stage) + 1 + lag
 
 
+class Served(NamedTuple):
+    """Rows of one round of lock step at a rank, and those of others that it keeps for backward at its fullest."""
+
+    met: int = 0  # at its experts
+    theirs: int = 0  # of these, from other ranks
+    away: int = 0  # of its own, at experts of others
+    kept: int = 0
+
+
 def rows_served(
     config: Config, mesh: Mesh, placement: Placement, share: Share, microbatches: int, use: Floats | None = None
-) -> tuple[int, int]:
-    """Rows that a rank's experts meet in one round of lock step, and rows that it keeps for backward at its fullest.
+) -> Served:
+    """What lock step brings to a rank, zeros where there is none.
 
-    Both are expected ones, with every layer spread like `use` [L, P], or evenly over its window; (0, 0) where there is
-    no lock step.
+    Expected numbers, with every layer spread like `use` [L, P], or evenly over its window.
     """
     lag = lock_step_lag(config)
     if lag is None:
-        return 0, 0
+        return Served()
     stages = stages_of_moe_layers(config, mesh)
     used = stage_use(config.topology().windows, stages, placement.pool, mesh.pipeline, use)
     here = (servers(placement) == share.stage) & (np.asarray(placement.columns) == share.expert_rank)
     met = (used * here).sum(1)  # of each stage's rows, in rows of one layer
-    a_layer = tokens_of(config) // mesh.tensor * config.moe.top_k * mesh.expert  # of all the stage's sources
-    layers = np.maximum(np.bincount(stages, minlength=mesh.pipeline), 1)
+    mine = tokens_of(config) // mesh.tensor * config.moe.top_k  # rows of one source in a layer
+    sources = np.full(mesh.pipeline, mesh.expert)  # of each stage
+    others = sources - (np.arange(mesh.pipeline) == share.stage)
+    layers_of = np.bincount(stages, minlength=mesh.pipeline)
+    layers = np.maximum(layers_of, 1)
     # Side by side an owner gives a layer's rows back before it takes the next one's (parallel/lockstep/turns.py).
     flight = [
         len(chunks_in_flight(mesh, s, microbatches, lag)) - side_by_side(config, mesh, s, microbatches)
         for s in range(mesh.pipeline)
     ]
-    kept = 0 if config.parallel.recompute == "full" else round(float((met * flight).sum()) * a_layer)
-    return round(float((met / layers).sum()) * a_layer), kept
+    a_round, theirs = (round(float((met / layers * ranks).sum()) * mine) for ranks in (sources, others))
+    kept = 0 if config.parallel.recompute == "full" else round(float((met * flight * others).sum()) * mine)
+    own = a_round - theirs
+    return Served(a_round, theirs, mine - own if layers_of[share.stage] else 0, kept)

@@ -49,17 +49,17 @@ def rank_bytes(
     # Transformer Engine's cross entropy writes the gradient over the logits.
     a_logit = number_bytes(config) if resolved.transformer_engine else LOGIT_BYTES[number_bytes(config)]
     logits = tokens * config.model.vocab_size * a_logit // mesh.tensor if last else 0
-    a_round, kept_rows = rows_served(config, mesh, placement, share, microbatches, use)
+    served = rows_served(config, mesh, placement, share, microbatches, use)
     workspace = max((workspace_of(config, mesh, layer, share, resolved) for layer in share.layers), default=0)
     if lock_step_lag(config) is not None:
-        workspace = max(workspace, round_workspace(config, mesh, a_round, forward=together))
-    waiting = waiting_rows(config, mesh, kept, a_round, share, resolved)
+        workspace = max(workspace, round_workspace(config, served, forward=together))
+    waiting = waiting_rows(config, mesh, kept, served, share, resolved)
     if config.parallel.recompute == "full":
         workspace += max(layers.values(), default=0)
     return {
         **weights,
         "activations": activations,
-        "rows kept for other ranks": kept_rows * config.model.hidden_size * number_bytes(config),
+        "rows kept for other ranks": served.kept * config.model.hidden_size * number_bytes(config),
         "rows waiting for weight gradients": waiting,
         "logits and loss": max(logits - workspace, 0),  # the two never stand at the same time: the larger counts
         "dispatch and backward buffers": workspace,
