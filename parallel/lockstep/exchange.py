@@ -33,6 +33,7 @@ from moue_dist.parallel.dispatch.sent import SentBytes
 from moue_dist.parallel.groups import Way
 from moue_dist.parallel.lockstep.clock import Clock
 from moue_dist.parallel.lockstep.meeting import Counts, Meeting
+from moue_dist.parallel.lockstep.message import open_message, pack
 from moue_dist.parallel.lockstep.owner import Owner
 from moue_dist.parallel.lockstep.schedule import LockstepError, Schedule
 from moue_dist.parallel.lockstep.wire import Wire, on_host
@@ -171,13 +172,12 @@ class LockstepExchange:
         with clock.turn(("backward", j, "rows")):
             returning = self.owner.take(j)
             meeting = Meeting.of(returning.counts, self.owner.held, self.owner.cell)
-            stay, theirs, away_a = meeting.own, meeting.theirs, order.source_r[meeting.own :]
+            stay, theirs, d = meeting.own, meeting.theirs, x_td.shape[1]
             weight_r = weight_tk.reshape(-1)[order.choice_r].float()
-            dy_vd = wire.rows("backward", gather_rows(dy_td, away_a), send, theirs)
-            weight_v = wire.rows("backward", weight_r[stay:], send, theirs)
-            x_vd = returning.rows_vd
-            if x_vd is None:
-                x_vd = wire.rows("backward", gather_rows(x_td, away_a), send, theirs)
+            tables = (dy_td, x_td) if self.recompute else (dy_td,)
+            out = pack(tables, order.source_r[stay:], weight_r[stay:])
+            (dy_vd, *again), weight_v = open_message(wire.rows("backward", out, send, theirs), d, len(tables))
+            x_vd = again[0] if again else returning.rows_vd
             tokens_q = meeting.tokens(order.source_r, x_td.shape[0])
             dx_qd, dweight_q = self.owner.backward(
                 meeting,
@@ -186,8 +186,8 @@ class LockstepExchange:
                 torch.cat([weight_r[:stay], weight_v])[meeting.from_source_q],
             )
             dweight_s = dweight_q[meeting.to_expert_q]  # by source
-            dx_ad = wire.rows("backward", gather_rows(dx_qd, meeting.to_expert_q[stay:]), theirs, send)
-            dweight_a = wire.rows("backward", dweight_s[stay:], theirs, send)
+            back = pack((dx_qd,), meeting.to_expert_q[stay:], dweight_s[stay:])
+            (dx_ad,), dweight_a = open_message(wire.rows("backward", back, theirs, send), d, 1)
         dweight_tk = torch.cat([dweight_s[:stay], dweight_a])[order.position_tk]
         return gather_sum_pair(dx_qd, dx_ad, meeting.results(order.position_tk, len(dx_qd))), dweight_tk
 

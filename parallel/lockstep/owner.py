@@ -42,10 +42,10 @@ class _Kept:
 
 
 class Returning(NamedTuple):
-    """A backward round's rows: how many of each expert, and those that were kept, [V, d] (None: they travel again)."""
+    """A backward round's rows: how many of each expert, and those kept, [V, d] (none if they travel again)."""
 
     counts: Counts
-    rows_vd: Tensor | None
+    rows_vd: Tensor
 
 
 class Owner:
@@ -130,8 +130,7 @@ class Owner:
             counts.append(found.counts)
             rows += [] if found.rows is None else [found.rows]
         empty = self.slab.weight.new_empty(0, self.slab.hidden)
-        rows_vd = rows[0] if len(rows) == 1 else torch.cat([empty, *rows])
-        return Returning(Counts.join(counts), None if self.recompute else rows_vd)
+        return Returning(Counts.join(counts), rows[0] if len(rows) == 1 else torch.cat([empty, *rows]))
 
     def _microbatch(self, way: Way, source: _Source, j: int) -> int | None:
         return self.clock.at(way, source.stage, j)

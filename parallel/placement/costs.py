@@ -11,9 +11,12 @@ expert's column, which is the source's own for 1 in EP rows: what stays on its r
 that travels, over a whole step:
 
     per stage (replicate)      4 d b            dispatch, combine, and their gradients back; 6 d b with recompute=full
-    lock step, rows kept       4 d b + 8        forward d b out, d b back; backward d b + 4 out, d b + 4 back, where
-                                                the 4 are the routing weight and its gradient in fp32
-    lock step, recompute=full  5 d b + 8        the rows travel once more, with their gradients
+    lock step, rows kept       4 d b + 32       forward d b out, d b back; backward d b + 16 out, d b + 16 back: rows of
+                                                messages are multiples of 16 bytes, of which the last 4 are the routing
+                                                weight and its gradient in fp32
+    lock step, recompute=full  5 d b + 32       the rows travel once more, with their gradients: 2 d b + 16 out
+
+These are for d b in multiples of 16; others are filled up to them in backward.
 
 Counts, int64, go before each forward exchange, padded to w, the most experts that one peer may serve. Lock step: a rank
 sends 8 w to each of the C - 1 other cells in each of (M + S - 1) * max(MoE layers of a stage) rounds, w the largest
@@ -40,7 +43,6 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 COUNT_BYTES = 8
-LANES = 8  # bytes of a row's routing weight on its way out and of its gradient on the way back, together
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,16 @@ def cell_bytes(placement: Placement, each: ExpertBytes, expert_data: int = 1) ->
     }
 
 
+def row_with_number(size: int) -> int:
+    """Bytes of a message's row that holds `size` bytes and an fp32 number in its last four; a multiple of 16."""
+    return 16 * (-(-size // 16) + 1)
+
+
 def row_wire_bytes(hidden: int, number: int, *, lock_step: bool, recompute: bool) -> int:
     """Bytes that one routed row sends in a training step; the table stands at the top of this file."""
     if lock_step:
-        return (5 if recompute else 4) * hidden * number + LANES
+        size = hidden * number
+        return 2 * size + row_with_number(2 * size if recompute else size) + row_with_number(size)
     return (6 if recompute else 4) * hidden * number
 
 

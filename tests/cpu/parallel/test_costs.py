@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from moue_dist.parallel.placement.costs import (
     COUNT_BYTES,
-    LANES,
     cell_bytes,
     row_wire_bytes,
     step_traffic,
@@ -60,10 +59,9 @@ def test_traffic_is_what_counting_every_message_gives(case: Case, part: float, m
     from moue_dist.parallel.lockstep.schedule import Schedule
 
     placement = case.plan("hybrid", budgets(case, part))
-    use, rows, hidden, number = case.shares(), 10**6, 8, 2
+    use, rows = case.shares(), 10**6
     layers = [Counter(case.stages)[s] for s in range(case.pipeline)]
-    row = row_wire_bytes(hidden, number, lock_step=True, recompute=lean)
-    assert row == hidden * number * (5 if lean else 4) + LANES
+    row = row_wire_bytes(8, 2, lock_step=True, recompute=lean)
     found = step_traffic(
         placement, use, rows=rows, row_bytes=row, layers=layers, microbatches=microbatches, each=EACH,
         expert_data=case.expert_data, lock_step=True, recompute=lean,
@@ -83,6 +81,19 @@ def test_traffic_is_what_counting_every_message_gives(case: Case, part: float, m
     assert (found.across, found.within) == pytest.approx((across, within), rel=1e-6, abs=2)
     assert 0 <= found.local_tokens <= 1 and 0 <= found.local_experts <= 1
     assert (found.across == 0) == (case.pipeline == 1)
+
+
+def test_bytes_of_a_row_by_hand() -> None:
+    """Forward out and back; backward out, with the weight and perhaps the row, and back with the weight's gradient."""
+    for size, lean, parts in (
+        (16, False, (16, 16, 16 + 16, 16 + 16)),
+        (4096, True, (4096, 4096, 2 * 4096 + 16, 4096 + 16)),
+        (20, False, (20, 20, 32 + 16, 32 + 16)),  # filled up to a multiple of 16
+        (24, True, (24, 24, 48 + 16, 32 + 16)),
+    ):
+        assert row_wire_bytes(size // 2, 2, lock_step=True, recompute=lean) == sum(parts)
+    assert row_wire_bytes(10, 4, lock_step=False, recompute=False) == 160
+    assert row_wire_bytes(10, 4, lock_step=False, recompute=True) == 240
 
 
 @given(cases())
