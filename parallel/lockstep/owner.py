@@ -113,8 +113,11 @@ class Owner:
                     f"slot {self.clock.slot}: cell {cell} sent rows of layer {j}, but is idle by schedule"
                 )
             if m is not None:
-                # A copy of its own: sources free theirs at different slots, and a view would pin the whole buffer.
-                part = None if self.recompute or source.first == 0 else received_vd[at : at + mine].clone()
+                part = None
+                if source.first and not self.recompute:
+                    part = received_vd[at : at + mine]
+                    if mine < received_vd.shape[0]:  # sources free theirs at different slots: a view would pin it all
+                        part = part.clone()
                 self._kept[source, m, j] = _Kept(part, counts.blocks(source.first, source.end))
             at += mine if source.first else 0
         kept = sum(k.rows.shape[0] for k in self._kept.values() if k.rows is not None)
