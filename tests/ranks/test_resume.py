@@ -140,7 +140,7 @@ def test_a_description_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert description.check(config, path) == description.Position(3, 96)
 
 
-GONE = object()
+GONE = "(left out)"  # a text: workers of one test run must agree on the names of cases
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_another_format_or_a_broken_entry_is_refused_by_name(
 ) -> None:
     config = config_of("", "moue")
     path, about = described(tmp_path, config)
-    about = {name: value for name, value in (about | changes).items() if value is not GONE}
+    about = {name: value for name, value in (about | changes).items() if value != GONE}
     (path / "moue.json").write_text(json.dumps(about))
     with pytest.raises(ConfigError) as refused:
         description.check(config, path)
