@@ -38,7 +38,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML; `load_config` reads it back to an equal one."""
     plain = dataclasses.asdict(config)
-    plain["parallel"]["stage_layers"] = list(config.parallel.stage_layers)
+    for section in plain.values():
+        if isinstance(section, dict):
+            section |= {key: list(value) for key, value in section.items() if isinstance(value, tuple)}
     return yaml.safe_dump(plain, sort_keys=False, default_flow_style=False)
 
 
@@ -126,6 +128,13 @@ def _merge(below: Nested, above: Nested) -> Nested:
     return {**below, **above, **both}
 
 
+_LISTS: dict[Any, str] = {  # an example of every kind of list
+    tuple[int, ...]: "[2, 2]",
+    tuple[float, ...]: "[95, 5]",
+    tuple[str, ...]: "[0.7, data/web, 0.3, data/code]",
+}
+
+
 def _check(kind: Any, raw: Mapping[Any, Any], prefix: str) -> Nested:
     """The section's values with checked types; raises ConfigError for an unknown key or a wrong type."""
     hints = typing.get_type_hints(kind)
@@ -155,8 +164,11 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         raise ConfigError(f"{name}: expected one of {', '.join(options)}, not {_show(value)}{perhaps}")
     if origin is tuple:
         if not isinstance(value, list):
-            raise ConfigError(f"{name}: expected a list such as [2, 2], not {_show(value)}")
-        return tuple(_convert(typing.get_args(kind)[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+            raise ConfigError(f"{name}: expected a list such as {_LISTS[kind]}, not {_show(value)}")
+        part = typing.get_args(kind)[0]
+        if part is str:  # a blend's weights may be written as numbers
+            value = [str(item) if type(item) in (int, float) else item for item in value]
+        return tuple(_convert(part, item, f"{name}[{i}]") for i, item in enumerate(value))
     if kind is bool and isinstance(value, bool):
         return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
@@ -200,7 +212,7 @@ def _override(config: Config, args: list[str]) -> Config:
                     expected = f"one of {', '.join(typing.get_args(kind))}"
                 else:
                     expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
-                        kind, "whole numbers, such as 2 2"
+                        kind, f"words such as {_LISTS.get(kind, '')[1:-1].replace(',', '')}"
                     )
                 given = " ".join(group[1:]) or "nothing"
                 raise ConfigError(f"{group[0]}: expected {expected}, not {given}") from error

@@ -137,10 +137,23 @@ class TrainConfig:
 class DataConfig:
     """Text. `stdlib` is the running Python's own library sources, as bytes; a path is a file or folder of text."""
 
-    source: str = "stdlib"
-    max_megabytes: float = 32.0
+    source: str = "stdlib"  # read as bytes, where there is no blend
+    max_megabytes: float = 32.0  # of source
+    blend: tuple[str, ...] = ()  # tokenized files instead of source: WEIGHT PREFIX ..., or one PREFIX; .bin and .idx
+    tokenizer: str = ""  # blend: bytes or a tokenizer.json; empty means what `moue data prepare` noted beside the files
+    split: tuple[float, ...] = ()  # shares of training, validation and, kept aside, test; empty means by valid_percent
     valid_percent: float = 5.0
-    cache: str = ""  # folder of the tokenized copy; empty means inside the run folder
+    document_mask: bool = False  # attention stays within a document
+    eod_mask_loss: bool = False  # no loss where the next token begins another document
+    cache: str = ""  # folder of the tokenized copy and of indices; empty means inside the run folder
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Shares of training, validation and test; they need not sum to 100."""
+        if not self.split:
+            return 100 - self.valid_percent, self.valid_percent, 0.0
+        train, valid, test = (*self.split, 0.0, 0.0)[:3]
+        return train, valid, test
 
 
 @dataclass(frozen=True)

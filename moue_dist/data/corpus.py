@@ -23,11 +23,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tqdm import tqdm
 
 from moue_dist.config import Config, ConfigError, DataConfig
+from moue_dist.data.indexed import read_index
+from moue_dist.data.prepare.sources import walk
 
 EOD = 0  # end of document: the one byte that text never holds
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 _FORMAT = 1  # raise it when the same files would give other tokens
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 _SMALLEST_PIECE = 64  # bytes
 _LARGEST_PIECE = 1 << 30  # the index holds lengths as int32
 
@@ -88,9 +89,8 @@ def find_corpus(data: DataConfig, folder: str | Path) -> Corpus | None:
     folder = Path(folder).resolve()
     try:
         corpus = Corpus(**json.loads((folder / f"corpus-{_key(data)}.json").read_text()))
-        whole = (folder / f"{corpus.prefix}.bin").stat().st_size == corpus.tokens
-        return corpus if whole and (folder / f"{corpus.prefix}.idx").is_file() else None
-    except (OSError, ValueError, TypeError):
+        return corpus if read_index(str(folder / corpus.prefix)).tokens == corpus.tokens else None
+    except (OSError, ValueError, TypeError):  # ConfigError is a ValueError: a damaged corpus is written again
         return None
 
 
@@ -117,7 +117,7 @@ def _find_sources(data: DataConfig) -> list[_Source]:
         paths, root = [root], root.parent
     elif root.is_dir():
         suffixes = (".py",) if stdlib else SUFFIXES
-        paths = [path for path in _walk(root) if path.suffix.lower() in suffixes]
+        paths = [path for path in walk(root) if path.suffix.lower() in suffixes]
     else:
         raise ConfigError(f"data.source={data.source}: no such file or folder; give a path of text, or stdlib")
     sources = []
@@ -130,12 +130,6 @@ def _find_sources(data: DataConfig) -> list[_Source]:
             f"data.source={data.source}: no text found; a folder must hold files that end in {', '.join(SUFFIXES)}"
         )
     return sorted(sources, key=lambda source: hashlib.sha256(os.fsencode(source.name)).digest())
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith(".")]
-        yield from (path for path in (Path(folder, name) for name in names) if path.is_file())
 
 
 def _documents(source: _Source) -> Iterator[bytes | None]:

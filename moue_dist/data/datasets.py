@@ -1,42 +1,56 @@
-"""Bytes of text through megatron-core's GPTDataset, in an order that no layout and no run length changes.
+"""Tokens through megatron-core's GPTDataset and BlendedDataset, in an order that no layout and no run length changes.
 
-s sequence length. Sample i of the run is sample i mod n of epoch i div n, with n the samples of one pass; epoch 0 keeps
-GPTDataset's shuffle, later ones are permuted by (train.seed, epoch). So a run that is resumed, laid out differently or
-made longer reads the same samples at the same steps.
+s sequence length. Sample i of one pair of files is sample i mod n of epoch i div n, with n the samples of one pass;
+epoch 0 keeps GPTDataset's shuffle, later ones are permuted by (train.seed, epoch). In a blend, megatron-core's
+BlendedDataset says from the weights alone whose turn it is, and each part counts its own samples. So a run that is
+resumed, laid out differently or made longer reads the same samples at the same steps.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy
 import torch
 import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moue_dist.config import Config, ConfigError
-from moue_dist.data.corpus import EOD, find_corpus
+from moue_dist.data.documents import document_numbers
 from moue_dist.data.sample_index import ensure_helpers
+from moue_dist.data.tokenized import Part, Tokenized, find_tokenized
 
 
-class _Bytes:
-    """What GPTDataset asks of a tokenizer. Without `pad` it masks no token: byte 0 counts like any other."""
+class _Vocabulary:
+    """What GPTDataset asks of a tokenizer. Without `pad` it masks no token: the end mark counts like any other."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, tokenized: Tokenized, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.eod = EOD
-        self.unique_identifiers = {"class": "bytes", "eod": EOD}  # the vocabulary's size changes no token
+        self.eod = -1 if tokenized.eod is None else tokenized.eod
+        self.unique_identifiers = {"class": tokenized.unit, "eod": self.eod}  # the size changes no token
 
 
 class Samples(torch.utils.data.Dataset):
-    """The first `count` samples of an endless pass over `dataset`; item: dict of tokens [s], labels [s] int64."""
+    """The first `count` samples of an endless pass over `dataset`.
 
-    def __init__(self, dataset: GPTDataset, count: int, seed: int) -> None:
+    item: dict of tokens [s], labels [s], int64, and with `documents` the number of each token's document [s + 1].
+    """
+
+    def __init__(
+        self, dataset: GPTDataset, count: int, seed: int, *, documents: bool = False, eod: int | None = None
+    ) -> None:
         self.dataset = dataset
         self.count = count
         self.seed = seed
+        self.index_split = dataset.index_split  # BlendedDataset asks for these two
+        self.unique_identifiers = dataset.unique_identifiers
+        self._documents, self._eod = documents, eod
         self._permutation: tuple[int, numpy.ndarray] | None = None
 
     @property
@@ -50,86 +64,104 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.count:
             raise IndexError(f"sample {index} of {self.count}")
-        epoch, at = divmod(index, len(self.dataset))
+        epoch, at = divmod(int(index), len(self.dataset))
         if epoch:
             if self._permutation is None or self._permutation[0] != epoch:
                 generator = numpy.random.default_rng([self.seed, epoch])
                 self._permutation = (epoch, generator.permutation(len(self.dataset)))
             at = int(self._permutation[1][at])
-        return self.dataset[at]
+        item: dict[str, torch.Tensor] = self.dataset[at]
+        if self._documents:
+            text = torch.cat([item["tokens"], item["labels"][-1:]])
+            item["documents"] = document_numbers(self.dataset, at, text, self._eod)
+        return item
+
+
+class AnySamples(Protocol):
+    """Samples of one pair of files, or megatron-core's blend of several."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]: ...
 
 
 def build_datasets(
     config: Config, folder: str | Path, samples_train: int, samples_valid: int
-) -> tuple[Samples, Samples | None]:
-    """Training and validation samples of the corpus that `prepare_corpus(config.data, folder)` wrote.
+) -> tuple[AnySamples, AnySamples | None]:
+    """Training and validation samples of data.blend, or of the corpus that `prepare_corpus(config.data, folder)` wrote.
 
     A collective where torch.distributed is up: every rank calls it, rank 0 builds the indices in `folder`, which all
     ranks must see. A validation part shorter than `samples_valid` is read again from its start; there is none (None)
-    with data.valid_percent=0. Raises ConfigError where the vocabulary or the text is too small.
+    where it has no share. Raises ConfigError where the vocabulary or the text is too small, or files are broken.
     """
-    if config.model.vocab_size < 256:
-        raise ConfigError(f"model.vocab_size={config.model.vocab_size} cannot hold the 256 bytes; set at least 256")
-    prefix = _agreed_prefix(config, Path(folder).resolve())
+    tokenized = find_tokenized(config, Path(folder).resolve())
     ensure_helpers()
-    valid = config.data.valid_percent
-    gpt_config = GPTDatasetConfig(
+    trains, valids = [], []
+    for part in tokenized.parts:
+        options = _options(config, tokenized, part)
+        _check_length(config, tokenized.unit, part, options.split_matrix)
+        # One pass each (None): GPTDataset's own repetition shuffles otherwise when a run is made longer.
+        train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [None] * 3, lambda: True, options).build()
+        trains.append(train)
+        valids.append(valid)
+
+    def samples(datasets: list[GPTDataset], count: int) -> AnySamples | None:
+        if None in datasets:
+            return None
+        documents = config.data.document_mask or config.data.eod_mask_loss
+        each = [Samples(d, count, config.train.seed, documents=documents, eod=tokenized.eod) for d in datasets]
+        return each[0] if len(each) == 1 else _blended(each, tokenized, count, options)
+
+    train_samples = samples(trains, samples_train)
+    assert train_samples is not None
+    return train_samples, samples(valids, samples_valid)
+
+
+def _options(config: Config, tokenized: Tokenized, part: Part) -> GPTDatasetConfig:
+    return GPTDatasetConfig(
         random_seed=config.train.seed,
         sequence_length=config.model.sequence_length,
-        blend=([prefix], None),
-        split=f"{100 - valid:.9f},{valid:.9f},0",
-        path_to_cache=str(Path(prefix).parent / "index"),
-        tokenizer=_Bytes(config.model.vocab_size),
+        blend=([part.prefix], None),
+        split=",".join(f"{share:.9f}" for share in config.data.shares),
+        path_to_cache=part.indices,
+        tokenizer=_Vocabulary(tokenized, config.model.vocab_size),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    _check_length(config, prefix, gpt_config.split_matrix)
-    # One pass each (None): GPTDataset's own repetition shuffles otherwise when a run is made longer.
-    train_set, valid_set, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, [None, None, None], lambda: True, gpt_config
-    ).build()
-    seed = config.train.seed
-    train = Samples(train_set, samples_train, seed)
-    return train, None if valid_set is None else Samples(valid_set, samples_valid, seed)
 
 
-def _agreed_prefix(config: Config, folder: Path) -> str:
-    """Rank 0's corpus, seen by all ranks: nodes with other sources must not train on other text."""
-    corpus = find_corpus(config.data, folder)
-    prefixes = [str(folder / corpus.prefix) if corpus else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(prefixes, src=0)
-    prefix = prefixes[0]
-    if prefix is None:
-        raise ConfigError(f"there is no corpus of data.source={config.data.source} in {folder}: prepare it first")
-    seen = [IndexedDataset.exists(prefix)]
-    if dist.is_initialized():
-        seen = [True] * dist.get_world_size()
-        dist.all_gather_object(seen, IndexedDataset.exists(prefix))
-    if not all(seen):
-        raise ConfigError(
-            f"rank {seen.index(False)} cannot see {prefix}.bin: set data.cache (or output) to a folder "
-            "on a file system that all nodes share"
-        )
-    return prefix
+def _blended(each: list[Samples], tokenized: Tokenized, count: int, options: GPTDatasetConfig) -> AnySamples:
+    """megatron-core's blend of endless passes: among n samples, each part has its weight times n, rounded."""
+    options = copy.copy(options)
+    # Its index is built by rank 0 and read by the others; alone, it must not ask which rank this is.
+    options.path_to_cache = str(Path(tokenized.parts[0].indices).parent / "blend") if dist.is_initialized() else None
+    weights = [part.weight for part in tokenized.parts]
+    arguments: tuple[Any, ...] = (each, weights, count, options)
+    blended: AnySamples = BlendedMegatronDatasetBuilder.build_generic_dataset(
+        BlendedDataset, lambda: True, True, *arguments
+    )
+    return blended
 
 
-def _check_length(config: Config, prefix: str, split: list[tuple[float, float] | None]) -> None:
-    """Refuses a training part below one global batch and a validation part below one sequence."""
-    dataset = IndexedDataset(prefix)  # unmaps its arrays when it goes: a name keeps it, and a copy leaves it
+def _check_length(config: Config, unit: str, part: Part, split: list[tuple[float, float] | None]) -> None:
+    """Refuses a training part below its share of a global batch and a validation part below one sequence."""
+    dataset = IndexedDataset(part.prefix)  # unmaps its arrays when it goes: a name keeps it, and a copy leaves it
     lengths = dataset.sequence_lengths.copy()
-    s = config.model.sequence_length
-    needs = (("training", "one global batch", config.train.global_batch_size), ("validation", "one sequence", 1))
-    for (part, what, samples), bounds in zip(needs, split[:2], strict=True):
+    d, s = config.data, config.model.sequence_length
+    batch = math.ceil(part.weight * config.train.global_batch_size)
+    share = "one global batch" if part.weight == 1 else "its share of a global batch"
+    for (name, what, samples), bounds in zip(
+        (("training", share, batch), ("validation", "one sequence", 1)), split[:2], strict=True
+    ):
         if bounds is None:
             continue
         begin, end = (round(edge * len(lengths)) for edge in bounds)  # as the builder cuts
-        has, need = int(lengths[begin:end].sum()), samples * s + 1
+        has, need = int(lengths[begin:end].sum(dtype=numpy.int64)), samples * s + 1
         if has < need:
+            more = "" if d.blend else f", raise data.max_megabytes (now {d.max_megabytes:g})"
+            parts = f"data.split (now {d.split})" if d.split else f"data.valid_percent (now {d.valid_percent:g})"
             raise ConfigError(
-                f"the {part} part of data.source={config.data.source} has {has} bytes, {need - has} fewer than {what} "
-                f"needs ({samples} x model.sequence_length={s}, plus 1): give more text, raise data.max_megabytes "
-                f"(now {config.data.max_megabytes:g}), or change data.valid_percent (now {config.data.valid_percent:g})"
+                f"the {name} part of {part.name} has {has} {unit}, {need - has} fewer than {what} needs "
+                f"({samples} x model.sequence_length={s}, plus 1): give more text{more}, or change {parts}"
             )

@@ -96,3 +96,47 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class AmountBar:
+    """Bytes of work done: a bar on a terminal, elsewhere a line now and then; `enabled=False` shows nothing."""
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        done: int = 0,
+        *,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        seconds_between_lines: float = 10.0,
+    ) -> None:
+        self.total, self.done = total, done
+        self._what, self._stream, self._between = what, stream or sys.stderr, seconds_between_lines
+        self._began, self._at_first, self._last_line = time.monotonic(), done, time.monotonic()
+        self._bar: tqdm | None = None
+        self._lines = enabled and not self._stream.isatty()
+        if enabled and not self._lines:
+            self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=what, file=self._stream)
+
+    def add(self, amount: int) -> None:
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+        now = time.monotonic()
+        if self._lines and now - self._last_line >= self._between:
+            self._last_line = now
+            rate = max(1e-9, (self.done - self._at_first) / (now - self._began))
+            print(
+                f"{self._what}: {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
+                f"{_clock((self.total - self.done) / rate)} left",
+                file=self._stream,
+                flush=True,
+            )
+
+    def __enter__(self) -> AmountBar:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moue_dist.config import Config
 from moue_dist.config.devices import Device
+from moue_dist.refusals.data import check_data
 from moue_dist.refusals.layout import check_parallel, check_world
 from moue_dist.refusals.machine import Resolved, resolve
 from moue_dist.refusals.model import check_model
@@ -32,6 +33,7 @@ def validate(
     check_numbers(config)
     check_model(config)
     check_moe(config)
+    check_data(config, cuda)
     check_parallel(config)
     check_placement(config)
     check_pool_optimizer(config)

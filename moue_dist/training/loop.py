@@ -178,7 +178,7 @@ class _Loop:
 
     def _validate(self, finished: _Finished) -> None:
         system, t, step = self.system, self.system.config.train, finished.number
-        if system.config.data.valid_percent > 0:
+        if system.config.data.shares[1] > 0:
             indices = range(t.eval_batches)
             held_out = [self.batches.validation(i, system.coord.dp, system.mesh.data) for i in indices]
             loss = evaluate(system, held_out)
@@ -229,11 +229,11 @@ def _own_garbage_days() -> Iterator[None]:
 def _open_data(system: System, run_dir: Path) -> Batches:
     config, t = system.config, system.config.train
     folder = data_folder(config, run_dir)
-    if system.rank == 0:
+    if system.rank == 0 and not config.data.blend:
         prepare_corpus(config.data, folder)
     dist.barrier(group=system.groups.world)
     train, valid = build_datasets(config, folder, t.steps * t.global_batch_size, t.eval_batches * t.global_batch_size)
-    return Batches(train, valid, t, system.device)
+    return Batches(train, valid, config, system.device)
 
 
 def _resume(system: System, run_dir: Path) -> Position:

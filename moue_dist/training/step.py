@@ -18,7 +18,8 @@ from moue_dist.model.system import System
 from moue_dist.parallel.recording.timeline import OFF, Timeline
 from moue_dist.training.schedules import learning_rate
 
-Batch = Mapping[str, Tensor]  # tokens, labels, position_ids, each [b, s] int64
+# tokens, labels, position_ids, each [b, s] int64; perhaps attention_mask [b, 1, s, s] and loss_mask [b, s], bool
+Batch = Mapping[str, Tensor]
 
 
 class TrainingError(RuntimeError):
@@ -98,6 +99,7 @@ def _run(
     system: System, microbatches: Sequence[Batch], *, forward_only: bool, timeline: Timeline = OFF
 ) -> list[Tensor]:
     """The pipeline schedule; this rank's losses, one a microbatch, on the last stage."""
+    microbatches = _weigh(system, microbatches)
     results = system.dense.run_schedule(
         _forward_step,
         microbatches,
@@ -109,11 +111,27 @@ def _run(
     return [r["loss"] for r in results]
 
 
+def _weigh(system: System, microbatches: Sequence[Batch]) -> Sequence[Batch]:
+    """With loss masks: each token's weight in the loss, so that the mean over microbatches and data ranks is the mean
+    over the tokens of the global batch that count, whatever the layout.
+    """
+    if not microbatches or "loss_mask" not in microbatches[0]:
+        return microbatches
+    masks = torch.stack([batch["loss_mask"] for batch in microbatches])
+    counts = torch.stack([masks.sum(), torch.tensor(masks.numel(), device=masks.device)]).double()
+    dist.all_reduce(counts, group=system.groups.world)
+    scale = counts[1] / counts[0].clamp(min=1)
+    return [{**batch, "loss_weights": batch["loss_mask"] * scale.float()} for batch in microbatches]
+
+
 def _forward_step(batch: Batch, model: Any) -> tuple[Tensor, Any]:
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
 
     def loss_of(token_losses_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = token_losses_bs.float().mean()
+        token_losses_bs = token_losses_bs.float()
+        if (weights_bs := batch.get("loss_weights")) is not None:
+            token_losses_bs = token_losses_bs * weights_bs
+        loss = token_losses_bs.mean()
         return loss, {"loss": loss.detach().clone()}  # clone: the schedule divides the loss in place
 
     return output, loss_of

@@ -60,7 +60,7 @@ def test_batches_on_the_gpu_equal_those_on_the_host(tmp_path: Path) -> None:
     )
     prepare_corpus(config.data, tmp_path / "data", show_progress=False)
     datasets = build_datasets(config, tmp_path / "data", 64, 8)
-    host, device = Batches(*datasets, config.train), Batches(*datasets, config.train, "cuda")
+    host, device = Batches(*datasets, config), Batches(*datasets, config, "cuda")
     for step in range(8):
         for a, b in zip(host.microbatches(step, 0, 1), device.microbatches(step, 0, 1), strict=True):
             assert b["tokens"].is_cuda and b["position_ids"].is_cuda

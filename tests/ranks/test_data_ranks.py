@@ -27,7 +27,7 @@ def build(folder: str, config: Config, private: bool = False) -> list[list[int]]
         train, valid = build_datasets(config, mine, 64, 16)
     except ConfigError as error:
         return str(error)
-    batches = Batches(train, valid, config.train)
+    batches = Batches(train, valid, config)
     rows = [row for batch in batches.microbatches(3, dist.get_rank(), 2) for row in batch["tokens"].tolist()]
     batches.close()
     return rows
@@ -42,7 +42,7 @@ def test_two_ranks_split_one_global_batch(ranks, tmp_path: Path) -> None:
         data=DataConfig(source=str(source), valid_percent=10.0),
     )
     first, second = ranks(2).run(build, str(tmp_path / "out"), config)
-    alone = Batches(*build_datasets(config, tmp_path / "out" / "shared", 64, 16), config.train)
+    alone = Batches(*build_datasets(config, tmp_path / "out" / "shared", 64, 16), config)
     expected = [row for batch in alone.microbatches(3, 0, 1) for row in batch["tokens"].tolist()]
     alone.close()
     assert len(expected) == 8

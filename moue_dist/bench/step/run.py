@@ -74,11 +74,11 @@ def _read_batches(config: Config, place: Place, steps: int, world: Any) -> list[
 
     mesh = build_mesh(place.world_size, config.parallel)
     folder = data_folder(config, Path(config.output).expanduser() / "bench")
-    if place.rank == 0:
+    if place.rank == 0 and not config.data.blend:
         prepare_corpus(config.data, folder)
     dist.barrier(group=world)
     train, _ = build_datasets(config, folder, steps * config.train.global_batch_size, 0)
-    batches = Batches(train, None, config.train, this_device())
+    batches = Batches(train, None, config, this_device())
     read = [batches.microbatches(i, mesh.coords(place.rank).dp, mesh.data) for i in range(steps)]
     batches.close()
     return read

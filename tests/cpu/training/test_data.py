@@ -47,7 +47,7 @@ def config_of(source: Path | str, *, batch: int = 8, micro: int = 2, **data: flo
 
 def ready(config: Config, folder: Path, samples: int = 64, samples_valid: int = 16) -> Batches:
     prepare_corpus(config.data, folder, show_progress=False)
-    return Batches(*build_datasets(config, folder, samples, samples_valid), config.train)
+    return Batches(*build_datasets(config, folder, samples, samples_valid), config)
 
 
 def test_documents_are_bytes_with_one_end_mark(text: Path, tmp_path: Path) -> None:
