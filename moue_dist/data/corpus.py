@@ -23,7 +23,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tqdm import tqdm
 
 from moue_dist.config import Config, ConfigError, DataConfig
-from moue_dist.data.indexed import read_index
+from moue_dist.data.indexed import check_digests, digest, read_index
 from moue_dist.data.prepare.sources import walk
 
 EOD = 0  # end of document: the one byte that text never holds
@@ -42,6 +42,8 @@ class Corpus:
     documents: int
     skipped: int  # files that are not UTF-8
     tokens: int  # bytes of text plus one end mark per document
+    bin_digest: str  # sha256
+    idx_digest: str
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def find_corpus(data: DataConfig, folder: str | Path) -> Corpus | None:
     folder = Path(folder).resolve()
     try:
         corpus = Corpus(**json.loads((folder / f"corpus-{_key(data)}.json").read_text()))
+        check_digests(str(folder / corpus.prefix), corpus.bin_digest, corpus.idx_digest)
         return corpus if read_index(str(folder / corpus.prefix)).tokens == corpus.tokens else None
     except (OSError, ValueError, TypeError):  # ConfigError is a ValueError: a damaged corpus is written again
         return None
@@ -203,7 +206,8 @@ def _write(data: DataConfig, sources: list[_Source], fingerprint: str, folder: P
         if documents == 0:
             raise ConfigError(f"data.source={data.source}: no text found; {skipped} files are not UTF-8")
         builder.finalize(f"{temporary}.idx")
-        corpus = Corpus(prefix, fingerprint, documents, skipped, tokens)
+        digests = digest(f"{temporary}.bin"), digest(f"{temporary}.idx")
+        corpus = Corpus(prefix, fingerprint, documents, skipped, tokens, *digests)
         Path(f"{temporary}.json").write_text(json.dumps(asdict(corpus)))
         os.replace(f"{temporary}.bin", folder / f"{prefix}.bin")
         os.replace(f"{temporary}.idx", folder / f"{prefix}.idx")

@@ -110,6 +110,15 @@ def digest(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def check_digests(prefix: str, bin_digest: str, idx_digest: str) -> None:
+    """Raises ConfigError for a file that is not what was written."""
+    for suffix, said in ((".idx", idx_digest), (".bin", bin_digest)):
+        if digest(f"{prefix}{suffix}") != said:
+            raise ConfigError(
+                f"{prefix}{suffix} is not what was written, its digest differs: prepare it again, with --overwrite"
+            )
+
+
 def read_index(prefix: str) -> Index:
     """The index of tokenized files, checked against itself and the size of its data; raises ConfigError."""
     idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")

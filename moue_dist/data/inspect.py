@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 
 from moue_dist.config import ConfigError
-from moue_dist.data.indexed import Index, Note, digest, read_index, read_note, tokenizer_path
+from moue_dist.data.indexed import Index, Note, check_digests, read_index, read_note, tokenizer_path
 from moue_dist.data.tokenizer import BYTES, Tokenizer, open_tokenizer
 
 SHOWN = 96  # tokens of a sample
@@ -68,9 +68,7 @@ def _verify(index: Index, note: Note | None) -> str:
         raise ConfigError(f"{index.prefix}.bin holds token {least}: make the tokenized files again")
     if note is None:
         return f"verified: tokens are {least:,} to {most:,}; without a note there is no digest to compare"
-    for suffix, said in ((".bin", note.bin_digest), (".idx", note.idx_digest)):
-        if digest(f"{index.prefix}{suffix}") != said:
-            raise ConfigError(f"{index.prefix}{suffix} is not what was written: its digest differs; prepare it again")
+    check_digests(index.prefix, note.bin_digest, note.idx_digest)
     return f"verified: digests agree, tokens are {least:,} to {most:,}"
 
 

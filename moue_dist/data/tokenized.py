@@ -15,11 +15,12 @@ import torch.distributed as dist
 from moue_dist.config import Config, ConfigError
 from moue_dist.config.blend import Share, parse_blend
 from moue_dist.data.corpus import EOD, find_corpus
-from moue_dist.data.indexed import Index, Note, read_index, read_note
+from moue_dist.data.indexed import Index, Note, check_digests, read_index, read_note
 from moue_dist.data.inspect import tokenizer_of
 from moue_dist.data.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
+VERIFIED_BYTES = 16 << 30  # of larger files `moue data inspect --verify` compares digests, not the start of every run
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def _blend(config: Config, folder: Path) -> Tokenized:
     for share in parse_blend(config.data.blend):
         prefix = str(Path(share.prefix).expanduser().resolve())
         index, note = read_index(prefix), read_note(prefix)
-        _check_note(index, note)
         key = _key(prefix)
+        _check_note(index, note, folder / "index", key)
         parts.append(Part(prefix, share.weight, str(folder / "index" / key[:16]), share.prefix))
         tokenizer = tokenizer_of(prefix, note, config.data.tokenizer)
         if tokenizer is not None and note is not None and tokenizer.digest != note.tokenizer_digest:
@@ -127,12 +128,20 @@ def _key(prefix: str) -> str:
     return hashlib.sha256("\0".join(said).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _check_note(index: Index, note: Note | None) -> None:
-    if note is not None and (note.tokens, note.documents) != (index.tokens, index.documents):
+def _check_note(index: Index, note: Note | None, folder: Path, key: str) -> None:
+    """Whether a note belongs to the files beside it, by their digests: read once, then known."""
+    if note is None:
+        return
+    if (note.tokens, note.documents) != (index.tokens, index.documents):
         raise ConfigError(
             f"{index.prefix}.moue.json speaks of {note.tokens} tokens in {note.documents} documents, the files beside "
             f"it hold {index.tokens} in {index.documents}: prepare them again, or remove the note"
         )
+    known = folder / f"verified-{key[:16]}"
+    if index.tokens * index.dtype.itemsize <= VERIFIED_BYTES and not known.exists():
+        check_digests(index.prefix, note.bin_digest, note.idx_digest)
+        folder.mkdir(parents=True, exist_ok=True)
+        known.touch()
 
 
 def _largest_token(index: Index, folder: Path, key: str) -> int:
