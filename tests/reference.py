@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from moue_dist.config import Config, ModelConfig, OptimizerConfig
 
-Batch = tuple[Tensor, Tensor]  # tokens [b, s] and labels [b, s]
+# Tokens and labels, [b, s]; perhaps documents [b, s + 1], the number of every token's document and of the last label's.
+Batch = tuple[Tensor, ...]
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -80,8 +81,13 @@ def rope(x_bshd: Tensor, base: float) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def attention(x_bsd: Tensor, w: Mapping[str, Tensor], name: str, m: ModelConfig) -> Tensor:
-    """Causal grouped-query attention; linear_qkv holds, per key-value head, its query heads, then k, then v."""
+def attention(
+    x_bsd: Tensor, w: Mapping[str, Tensor], name: str, m: ModelConfig, documents_bs: Tensor | None = None
+) -> Tensor:
+    """Causal grouped-query attention; linear_qkv holds, per key-value head, its query heads, then k, then v.
+
+    With `documents_bs` a token sees none but its own document.
+    """
     b, s, d = x_bsd.shape
     kv, hd = m.kv_heads or m.heads, d // m.heads
     per_group = m.heads // kv
@@ -95,6 +101,9 @@ def attention(x_bsd: Tensor, w: Mapping[str, Tensor], name: str, m: ModelConfig)
     k, v = k.repeat_interleave(per_group, dim=2), v.repeat_interleave(per_group, dim=2)
     score = torch.einsum("bqhc,bkhc->bhqk", q, k) / hd**0.5
     score = score.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), float("-inf"))
+    if documents_bs is not None:
+        other = documents_bs[:, None, :, None] != documents_bs[:, None, None, :]
+        score = score.masked_fill(other, float("-inf"))
     out = torch.einsum("bhqk,bkhc->bqhc", score.softmax(-1), v)
     return out.reshape(b, s, d) @ w[name + "linear_proj.weight"].T
 
@@ -222,7 +231,7 @@ class Reference(nn.Module):
             out_td = out_td + weight_t[:, None] * swiglu(x_td, w_in, w_out)
         return out_td
 
-    def forward(self, tokens_bs: Tensor) -> tuple[Tensor, list[Routing]]:
+    def forward(self, tokens_bs: Tensor, documents_bs: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
         """Logits [b, s, vocabulary] and the routing of each MoE layer."""
         m, w = self.config.model, self.weights
         x = w["embedding.word_embeddings.weight"][tokens_bs]
@@ -230,7 +239,7 @@ class Reference(nn.Module):
         for i in range(m.layers):
             layer = f"decoder.layers.{i}."
             normed = rms_norm(x, w[layer + "input_layernorm.weight"], m.norm_eps)
-            x = x + attention(normed, w, layer + "self_attention.", m)
+            x = x + attention(normed, w, layer + "self_attention.", m, documents_bs)
             normed = rms_norm(x, w[layer + "pre_mlp_layernorm.weight"], m.norm_eps)
             if i < m.dense_layers:
                 x = x + swiglu(normed, w[layer + "mlp.linear_fc1.weight"], w[layer + "mlp.linear_fc2.weight"])
@@ -246,10 +255,19 @@ class Reference(nn.Module):
         x = rms_norm(x, w["decoder.final_layernorm.weight"], m.norm_eps)
         return x @ w["embedding.word_embeddings.weight" if m.tied_head else "output_layer.weight"].T, routings
 
-    def loss(self, tokens_bs: Tensor, labels_bs: Tensor) -> Output:
-        """The losses of one microbatch; means are over its tokens."""
-        logits, routings = self(tokens_bs)
-        lm_loss = F.cross_entropy(logits.flatten(0, 1), labels_bs.flatten())
+    def loss(self, tokens_bs: Tensor, labels_bs: Tensor, documents: Tensor | None = None) -> Output:
+        """The losses of one microbatch; means are over its tokens.
+
+        `documents` [b, s + 1] is used as the configuration says: by attention, by the loss, which then leaves out
+        labels of another document, or by both.
+        """
+        data = self.config.data
+        logits, routings = self(tokens_bs, documents[:, :-1] if documents is not None and data.document_mask else None)
+        if documents is not None and data.eod_mask_loss:
+            counts = documents[:, :-1] == documents[:, 1:]
+            lm_loss = F.cross_entropy(logits[counts], labels_bs[counts])
+        else:
+            lm_loss = F.cross_entropy(logits.flatten(0, 1), labels_bs.flatten())
         terms = {name: lm_loss.new_zeros(()) for name in ("uelb", "pool", "layer", "z_loss")}
         for layer, routing in enumerate(routings):
             for e in self.topology.windows[layer]:

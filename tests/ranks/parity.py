@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moue_dist.config import Config, ParallelConfig
+from moue_dist.data.documents import attention_mask
 from moue_dist.parallel.megatron import cpu_host
 from moue_dist.refusals.machine import Resolved
 from moue_dist.refusals.validate import validate
@@ -62,8 +63,19 @@ def microbatches(config: Config, step_tokens: Tensor, dp: int, data: int) -> lis
     out = []
     for m in range(config.train.global_batch_size // (b * data)):
         rows = step_tokens[(m * data + dp) * b : (m * data + dp) * b + b]
-        out.append({"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "position_ids": position})
+        batch = {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "position_ids": position}
+        documents = documents_of(rows)
+        if config.data.document_mask:
+            batch["attention_mask"] = attention_mask(documents[:, :-1])
+        if config.data.eod_mask_loss:
+            batch["loss_mask"] = documents[:, :-1] == documents[:, 1:]
+        out.append(batch)
     return out
+
+
+def documents_of(rows: Tensor) -> Tensor:
+    """The number of each token's document, [b, s + 1], where a quarter of all tokens are end marks."""
+    return torch.cat([torch.zeros_like(rows[:, :1]), (rows[:, :-1] % 4 == 0).cumsum(1)], 1)
 
 
 # Inside the ranks.
@@ -268,7 +280,7 @@ def run_reference(config: Config, initial: dict[str, Tensor], kill: Iterable[int
         model.load(initial)
         model.bias_p[list(kill)] = -1e9
         batches = [
-            [[(b["tokens"], b["labels"]) for b in microbatches(alone, tokens, 0, 1)]]
+            [[(b["tokens"], b["labels"], documents_of(tokens)) for b in microbatches(alone, tokens, 0, 1)]]
             for tokens in tokens_of(alone, steps, seed)
         ]
         losses = train_reference(model, batches, config.optim, rates, record)
