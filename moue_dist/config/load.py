@@ -134,6 +134,8 @@ _LISTS: dict[Any, str] = {  # an example of every kind of list
     tuple[str, ...]: "[0.7, data/web, 0.3, data/code]",
 }
 
+_PARTS = {int: "whole numbers", float: "numbers", str: "words"}
+
 
 def _check(kind: Any, raw: Mapping[Any, Any], prefix: str) -> Nested:
     """The section's values with checked types; raises ConfigError for an unknown key or a wrong type."""
@@ -208,12 +210,13 @@ def _override(config: Config, args: list[str]) -> Config:
             except _TyroError as error:
                 key = group[0].lstrip("-").replace("-", "_").replace(".no_", ".")
                 kind = all_keys()[key]
-                if typing.get_origin(kind) is Literal:
+                origin = typing.get_origin(kind)
+                if origin is Literal:
                     expected = f"one of {', '.join(typing.get_args(kind))}"
+                elif origin is tuple:
+                    expected = f"{_PARTS[typing.get_args(kind)[0]]}, such as {_LISTS[kind][1:-1].replace(',', '')}"
                 else:
-                    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
-                        kind, f"words such as {_LISTS.get(kind, '')[1:-1].replace(',', '')}"
-                    )
+                    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
                 given = " ".join(group[1:]) or "nothing"
                 raise ConfigError(f"{group[0]}: expected {expected}, not {given}") from error
         raise ConfigError(f"cannot read the overrides {' '.join(args)}") from None

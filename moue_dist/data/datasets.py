@@ -163,5 +163,6 @@ def _check_length(config: Config, unit: str, part: Part, split: list[tuple[float
             parts = f"data.split (now {d.split})" if d.split else f"data.valid_percent (now {d.valid_percent:g})"
             raise ConfigError(
                 f"the {name} part of {part.name} has {has} {unit}, {need - has} fewer than {what} needs "
-                f"({samples} x model.sequence_length={s}, plus 1): give more text{more}, or change {parts}"
+                f"({samples} x model.sequence_length={s}, plus 1): give more text{more}, or change {parts}; parts are "
+                "cut between documents"
             )

@@ -107,14 +107,23 @@ class MetricsLog:
         grad_norm: float,
         lr: float,
         rates: Rates,
+        data_wait: float | None = None,
         memory_gib: float | None = None,
         power_watts: float | None = None,
         joules_per_token: float | None = None,
         load: Mapping[str, float] | None = None,
     ) -> None:
-        """A finished optimizer step. tokens: seen since the run's start; load: of the pool and its worst layer."""
+        """A finished optimizer step. tokens: seen since the run's start; load: of the pool and its worst layer.
+
+        data_wait: share of the time since the last line for which the worst rank waited for data, 0 to 1.
+        """
         line = {"tokens": tokens, "loss": loss, "aux": dict(aux), "grad_norm": grad_norm, "lr": lr, **asdict(rates)}
-        line |= {"memory_gib": memory_gib, "power_watts": power_watts, "joules_per_token": joules_per_token}
+        line |= {
+            "data_wait": data_wait,
+            "memory_gib": memory_gib,
+            "power_watts": power_watts,
+            "joules_per_token": joules_per_token,
+        }
         self._write("train", step, line | {"load": None if load is None else dict(load)})
 
     def valid(self, step: int, loss: float) -> None:

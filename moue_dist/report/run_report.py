@@ -129,6 +129,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     rows.append(("Tokens trained on", f"{tokens:,.0f}" if math.isfinite(tokens) else ""))
     memory = peak_memory(run)
     rows.append(("Peak memory", show(memory, 3, f" GiB per {_word(run)}") if math.isfinite(memory) else ""))
+    wait = run.steady_median("data_wait")
+    rows.append(("Waiting for data", f"{share(wait)} of a step" if math.isfinite(wait) else ""))
     joules = run.steady_median("joules_per_token")
     rows.append(("Energy", show(joules, 3, " joules per token") if math.isfinite(joules) else ""))
     aux = last.get("aux")

@@ -85,6 +85,7 @@ class _Loop:
         self.power = PowerMeter(system.device.index if system.device.type == "cuda" else None)
         self.counts_lp: Tensor | None = None  # assignments since the last usage line
         self.use_lp: Tensor | None = None  # the same since the last re-placement
+        self.elapsed = self.waited = 0.0  # seconds of steps, and of them for data on this rank, since the last line
         self.slots = SlotLog(
             run_dir,
             system.config,
@@ -124,12 +125,15 @@ class _Loop:
     def _train(self, step: int) -> _Finished:
         """The step after `step` finished ones."""
         system = self.system
+        began, waited = time.perf_counter(), self.batches.seconds_waited
         microbatches = self.batches.microbatches(step, system.coord.dp, system.mesh.data)
+        self.waited += self.batches.seconds_waited - waited
         with self.slots.step(step) as timeline:
             # A step ends when the host has read its numbers, which the device computes last: no waiting here.
             self.meter.start()
             result = train_step(system, microbatches, step, timeline)
             rates = self.meter.stop()
+        self.elapsed += time.perf_counter() - began
         self.done = Position(step + 1, self.done.tokens + self.meter.tokens_per_step)
         self.counts_lp = result.counts_lp if self.counts_lp is None else self.counts_lp + result.counts_lp
         self.use_lp = result.counts_lp if self.use_lp is None else self.use_lp + result.counts_lp
@@ -137,7 +141,7 @@ class _Loop:
 
     def _log(self, finished: _Finished) -> None:
         system, step, result, rates = self.system, finished.number, finished.result, finished.rates
-        memory, watts, joules = self._gather_machine()
+        memory, watts, joules, data_wait = self._gather_machine()
         self.log.train(
             step,
             tokens=self.done.tokens,
@@ -146,6 +150,7 @@ class _Loop:
             grad_norm=result.grad_norm,
             lr=result.lr,
             rates=rates,
+            data_wait=data_wait,
             memory_gib=memory,
             power_watts=watts,
             joules_per_token=None if joules is None else joules / self._tokens_since_reading,
@@ -155,20 +160,22 @@ class _Loop:
             step, loss=result.loss, tokens_per_s_per_gpu=rates.tokens_per_s_per_gpu, step_seconds=rates.step_seconds
         )
 
-    def _gather_machine(self) -> tuple[float | None, float | None, float | None]:
-        """Peak memory of the worst rank (GiB), watts of all GPUs, joules of all GPUs since the last reading."""
+    def _gather_machine(self) -> tuple[float | None, float | None, float | None, float]:
+        """Peak memory of the worst rank (GiB), watts of all GPUs, joules of all GPUs since the last reading; the share
+        of the time since the last line for which the rank that waits most waited for data.
+        """
         system = self.system
         reading = self.power.read()
         self._tokens_since_reading = self.meter.tokens_per_step * system.config.train.log_interval
-        if system.device.type != "cuda":
-            return _peak_host_memory(), None, None
-        unknown = math.nan
-        mine = [peak_bytes() / GIB, *(x or unknown for x in (reading.watts, reading.joules))]
-        everyone = torch.empty(system.mesh.world * 3, dtype=torch.float64, device=system.device)
+        on_cuda, unknown = system.device.type == "cuda", math.nan
+        memory = peak_bytes() / GIB if on_cuda else _peak_host_memory()
+        mine = [memory, *(x or unknown for x in (reading.watts, reading.joules)), self.waited / self.elapsed]
+        self.elapsed = self.waited = 0.0
+        everyone = torch.empty(system.mesh.world * 4, dtype=torch.float64, device=system.device)
         dist.all_gather_into_tensor(everyone, torch.tensor(mine).to(everyone), group=system.groups.world)
-        peaks, watts, joules = everyone.view(-1, 3).t().tolist()
+        peaks, watts, joules, waits = everyone.view(-1, 4).t().tolist()
         known = not any(map(math.isnan, (*watts, *joules)))
-        return max(peaks), *((sum(watts), sum(joules)) if known else (None, None))
+        return max(peaks), *((sum(watts), sum(joules)) if known else (None, None)), max(waits)
 
     def _check_replicas(self, finished: _Finished) -> None:
         try:

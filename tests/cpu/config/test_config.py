@@ -155,7 +155,8 @@ def test_switches_take_a_value_or_a_no(words: list[str]) -> None:
         (["--optim.lr", "fast"], "--optim.lr: expected a number, not fast"),
         (["--model.qk-norm", "maybe"], "--model.qk-norm: expected true or false, not maybe"),
         (["--moe.router", "univ"], "--moe.router: expected one of softmax, sigmoid, norm, universal, recurrent"),
-        (["--parallel.stage-layers", "2", "b"], "--parallel.stage-layers: expected whole numbers"),
+        (["--parallel.stage-layers", "2", "b"], "--parallel.stage-layers: expected whole numbers, such as 2 2, not"),
+        (["--data.split", "95", "b"], "--data.split: expected numbers, such as 95 5, not 95 b"),
         (["steps=3"], "unexpected 'steps=3'"),
     ],
 )
@@ -195,6 +196,17 @@ ROTATION = "--moe.topology rotational --moe.window 16 --moe.stride 8"
         ("--optim.decay-steps 10", ("optim.decay_steps=10", "wsd")),
         ("--optim.schedule wsd --optim.decay-steps 101", ("optim.decay_steps=101", "train.steps=100")),
         ("--data.valid-percent 100", ("data.valid_percent=100.0",)),
+        ("--data.blend 0.5 a 0.5", ("data.blend=0.5 a 0.5: expected weights and prefixes in turn",)),
+        ("--data.blend 0 a 1 b", ("data.blend=0 a 1 b: weights must be above 0",)),
+        ("--data.blend 1 a 1 a.idx", ("data.blend names a twice",)),
+        ("--data.blend a --data.source b", ("data.blend beside data.source=b",)),
+        ("--data.tokenizer bytes", ("data.tokenizer=bytes is for data.blend", "moue data prepare")),
+        ("--data.split 95", ("data.split=95: expected the shares",)),
+        ("--data.split 90 5 4 1", ("data.split=90 5 4 1: expected the shares",)),
+        ("--data.split 0 5", ("data.split=0 5 leaves nothing to train on",)),
+        ("--data.split 95 -5", ("data.split=95 -5: expected the shares",)),
+        ("--data.split nan 5", ("data.split=nan 5: expected the shares",)),
+        ("--data.split 95 5 --data.valid-percent 1", ("data.split=95 5 beside data.valid_percent=1",)),
         ("--name a/b", ("name='a/b'", "output")),
         ("--model.heads 3", ("model.hidden_size=128", "model.heads=3")),
         ("--model.rope-base 1.5", ("model.rope_base=1.5",)),
@@ -481,6 +493,22 @@ def test_the_real_command_ends_without_a_traceback(words: tuple[str, ...], messa
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"moue: {message}")
     assert "Traceback" not in ended.stderr
+
+
+def test_document_masks_are_for_cpu_ranks() -> None:
+    said = refusal("--data.document-mask true", **ON_H200)
+    assert "data.document_mask=true is proven on CPU ranks only" in said and "set it to false" in said
+    validate(load_config(None, ["--data.document-mask", "true"]), None, cuda=False)
+
+
+def test_a_blend_may_be_written_with_numbers(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "data: {blend: [0.7, data/web, 3, data/code], split: [99, 1]}"))
+    assert config.data.blend == ("0.7", "data/web", "3", "data/code")
+    assert (config.data.split, config.data.shares) == ((99.0, 1.0), (99.0, 1.0, 0.0))
+    assert load_config(write(tmp_path, dump_config(config))) == config
+    assert load_config(None, ["--data.blend", "0.7", "data/web", "3", "data/code"]).data.blend == config.data.blend
+    with pytest.raises(ConfigError, match=r"data\.blend\[0\]: expected text, not True"):
+        load_config(write(tmp_path, "data: {blend: [true, a]}"))
 
 
 def test_cuda_asked_for_and_absent() -> None:

@@ -44,7 +44,8 @@ def test_lines_hold_the_contract(tmp_path: Path) -> None:
     first, valid, usage, event = lines(tmp_path)
     assert set(first) == {
         *("kind", "step", "tokens", "loss", "aux", "grad_norm", "lr", "step_seconds", "tokens_per_s_per_gpu"),
-        *("tflops_per_gpu", "mfu", "mfu_note", "memory_gib", "power_watts", "joules_per_token", "load"),
+        *("tflops_per_gpu", "mfu", "mfu_note", "data_wait", "memory_gib", "power_watts"),
+        *("joules_per_token", "load"),
     }
     assert (first["kind"], first["tokens"], first["mfu"], first["load"]["dead"]) == ("train", 64, None, 0)
     assert valid == {"kind": "valid", "step": 1, "loss": 4.9}

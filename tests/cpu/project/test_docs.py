@@ -189,7 +189,9 @@ def _moue_fault(words: list[str]) -> str | None:
             if words[:1] == ["report"]:
                 build_parser().parse_args(words[1:] or ["runs/some"])
                 return None
-            if all(word.isalpha() for word in words):  # the command's name alone
+            if words in (["data"], ["data", "prepare"], ["data", "inspect"]):
+                words = ["data", "inspect", "data/mine"]
+            elif all(word.isalpha() for word in words):  # the command's name alone
                 words = [*words, *(["step"] if words == ["bench"] else []), "configs/tiny.yaml"]
             known, overrides = _parser().parse_known_args(words)
     except SystemExit as stop:

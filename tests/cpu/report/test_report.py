@@ -43,7 +43,7 @@ def train_line(step: int, **changes: Any) -> dict[str, Any]:
         "aux": {"uelb": 0.01, "z_loss": 0.0}, "grad_norm": 1.0 + 0.2 * math.sin(step), "lr": 1e-3 * min(1.0, step / 5),
         "step_seconds": 0.8 + 0.05 * math.cos(step), "tokens_per_s_per_gpu": 1000.0, "tflops_per_gpu": 0.01,
         "mfu": None, "mfu_note": "unknown device: no peak rate", "memory_gib": 1.25, "power_watts": None,
-        "joules_per_token": None,
+        "joules_per_token": None, "data_wait": 0.0031,
         "load": {
             "pool_max_over_mean": 1.4 + 1 / step, "layer_max_over_mean": 2.0 + 3 / step, "dead": 0, "entropy": 0.98,
         },
@@ -152,7 +152,7 @@ def test_page_holds_facts_and_pictures_and_fetches_nothing(tmp_path: Path) -> No
     for word in (
         "tiny", "64 experts", "rotational", "stride 8", "universal, top 2", "megatron_core 0.16.1", "abc1234",
         "TP1 EP2 PP2 DP2", "4 ranks", "1.6 million, 400,000 activated", "unknown device: no peak rate", "finished",
-        "saved checkpoint <last>", "1.25 GiB", "81,920",
+        "saved checkpoint <last>", "1.25 GiB", "81,920", "0.3% of a step",
     ):  # fmt: skip
         assert word in page.text, word
     last = 2.0 + 3.5 * math.exp(-40 / 12)
