@@ -41,6 +41,7 @@ class Corpus:
     fingerprint: str  # of the sources' names, sizes and times, and of the options
     documents: int
     skipped: int  # files that are not UTF-8
+    beyond: int  # bytes of files beyond data.max_megabytes
     tokens: int  # bytes of text plus one end mark per document
     bin_digest: str  # sha256
     idx_digest: str
@@ -207,7 +208,8 @@ def _write(data: DataConfig, sources: list[_Source], fingerprint: str, folder: P
             raise ConfigError(f"data.source={data.source}: no text found; {skipped} files are not UTF-8")
         builder.finalize(f"{temporary}.idx")
         digests = digest(f"{temporary}.bin"), digest(f"{temporary}.idx")
-        corpus = Corpus(prefix, fingerprint, documents, skipped, tokens, *digests)
+        beyond = max(0, sum(source.size for source in sources) - budget)
+        corpus = Corpus(prefix, fingerprint, documents, skipped, beyond, tokens, *digests)
         Path(f"{temporary}.json").write_text(json.dumps(asdict(corpus)))
         os.replace(f"{temporary}.bin", folder / f"{prefix}.bin")
         os.replace(f"{temporary}.idx", folder / f"{prefix}.idx")

@@ -22,7 +22,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moue_dist.config import Config, ConfigError
+from moue_dist.data.corpus import find_corpus
 from moue_dist.data.documents import document_numbers
+from moue_dist.data.indexed import read_note
 from moue_dist.data.sample_index import ensure_helpers
 from moue_dist.data.tokenized import Part, Tokenized, find_tokenized
 
@@ -52,11 +54,6 @@ class Samples(torch.utils.data.Dataset):
         self.unique_identifiers = dataset.unique_identifiers
         self._documents, self._eod = documents, eod
         self._permutation: tuple[int, numpy.ndarray] | None = None
-
-    @property
-    def epochs(self) -> float:
-        """How often the run reads the text."""
-        return self.count / len(self.dataset)
 
     def __len__(self) -> int:
         return self.count
@@ -114,6 +111,30 @@ def build_datasets(
     train_samples = samples(trains, samples_train)
     assert train_samples is not None
     return train_samples, samples(valids, samples_valid)
+
+
+def describe(config: Config, folder: str | Path, train: AnySamples) -> list[str]:
+    """What the run reads, how often, and what of it is left out; a line for each pair of files."""
+    each: list[Samples] = [train] if isinstance(train, Samples) else train.datasets  # type: ignore[attr-defined]
+    weights = [1.0] if isinstance(train, Samples) else train.weights  # type: ignore[attr-defined]
+    lines = []
+    for one, weight in zip(each, weights, strict=True):
+        prefix = str(one.dataset.dataset_path)
+        parts = [f"{int(one.dataset.dataset.sequence_lengths.sum(dtype=numpy.int64)):,} tokens"]
+        if config.data.blend:
+            note = read_note(prefix)
+            name, left = prefix, [f"{n:,} {reason}" for reason, n in note.left_out.items()] if note else []
+            parts += [f"weight {weight:.4g}"] if len(each) > 1 else []
+        else:
+            corpus = find_corpus(config.data, folder)
+            name, left = config.data.source, []
+            if corpus is not None:
+                parts.insert(0, f"{corpus.documents:,} documents")
+                left += [f"{corpus.skipped:,} files that are not UTF-8"] if corpus.skipped else []
+                left += [f"{corpus.beyond:,} bytes beyond data.max_megabytes"] if corpus.beyond else []
+        parts.append(f"its training part is read {weight * len(train) / len(one.dataset):.3g} times")
+        lines.append(f"data: {name}: {', '.join(parts)}; left out: {', '.join(left) or 'nothing'}")
+    return lines
 
 
 def _options(config: Config, tokenized: Tokenized, part: Part) -> GPTDatasetConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from moue_dist.checkpoint.description import Position, newest
 from moue_dist.config.devices import rank_word
 from moue_dist.data.batches import Batches
 from moue_dist.data.corpus import data_folder, prepare_corpus
-from moue_dist.data.datasets import build_datasets
+from moue_dist.data.datasets import build_datasets, describe
 from moue_dist.measuring.metrics import MetricsLog, Rates, StepMeter
 from moue_dist.measuring.power import PowerMeter
 from moue_dist.measuring.progress import ProgressBar
@@ -240,6 +241,8 @@ def _open_data(system: System, run_dir: Path) -> Batches:
         prepare_corpus(config.data, folder)
     dist.barrier(group=system.groups.world)
     train, valid = build_datasets(config, folder, t.steps * t.global_batch_size, t.eval_batches * t.global_batch_size)
+    if system.rank == 0:
+        print("\n".join(describe(config, folder, train)), file=sys.stderr, flush=True)
     return Batches(train, valid, config, system.device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ from moue_dist.config import Config, ConfigError, DataConfig, ModelConfig, Train
 from moue_dist.data.batches import Batches
 from moue_dist.data.corpus import prepare_corpus
 from moue_dist.data.datasets import build_datasets
+from moue_dist.data.prepare.run import Request, prepare
 
 
 def build(folder: str, config: Config, private: bool = False) -> list[list[int]] | str:
     """This rank's rows of step 3, or the refusal. private: ranks keep folders of their own, as on unshared disks."""
     mine = Path(folder) / (f"rank{dist.get_rank()}" if private else "shared")
-    if private or dist.get_rank() == 0:
+    if not config.data.blend and (private or dist.get_rank() == 0):
         prepare_corpus(config.data, mine, show_progress=False)
     dist.barrier()
     if private and dist.get_rank() == 0:
@@ -55,3 +57,26 @@ def test_both_ranks_refuse_a_corpus_that_rank_0_cannot_find(ranks, tmp_path: Pat
     config = replace(config, train=TrainConfig(global_batch_size=4))
     for message in ranks(2).run(build, str(tmp_path / "out"), config, private=True):
         assert "prepare it first" in message
+
+
+def test_ranks_share_one_blend(ranks, tmp_path: Path) -> None:
+    """The blend's index is built by rank 0 and read by the others; alone it is built in memory."""
+    for name, size in (("a", 3000), ("b", 1000)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name}{i} " * 9}) + "\n" for i in range(size // 20))
+        )
+        prepare(Request((str(tmp_path / f"{name}.jsonl"),), str(tmp_path / name), "bytes"), show_progress=False)
+    config = Config(
+        model=ModelConfig(sequence_length=16),
+        train=TrainConfig(global_batch_size=8, micro_batch_size=2),
+        data=DataConfig(blend=("0.75", str(tmp_path / "a"), "0.25", str(tmp_path / "b")), valid_percent=10.0),
+    )
+    first, second = ranks(2).run(build, str(tmp_path / "out"), config)
+    alone = Batches(*build_datasets(config, tmp_path / "alone", 64, 16), config)
+    expected = [row for batch in alone.microbatches(3, 0, 1) for row in batch["tokens"].tolist()]
+    alone.close()
+    assert [*first[:2], *second[:2], *first[2:], *second[2:]] == expected
+    # A file that another rank sees otherwise, or not at all, is refused by all.
+    (tmp_path / "b.bin").write_bytes(b"cut")
+    for message in ranks(2).run(build, str(tmp_path / "out"), config):
+        assert "b.bin has 3 bytes, its index says" in message

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+from moue_dist.config import ConfigError
 from moue_dist.data.prepare.shard import Found, write_shard
 from moue_dist.data.prepare.sources import Unit
 from moue_dist.data.tokenizer import Tokenizer, open_tokenizer
@@ -41,15 +44,22 @@ def shards(task: Task, tokenizer: Tokenizer, units: Sequence[Unit], workers: int
         min(workers, len(units)), mp_context=spawn, initializer=_begin, initargs=(task, os.getpid())
     )
     try:
-        waiting = iter(units)
         running: dict[Future[Found], Unit] = {}
-        for unit in waiting:
+        for unit in units:
             running[pool.submit(_shard, unit)] = unit
-            if len(running) < 2 * workers:  # a few ahead, not a million
-                continue
-            yield from _finished(running)
+            if len(running) >= 2 * workers:  # a few ahead, not a million
+                yield from _finished(running)
         while running:
             yield from _finished(running)
+    except BrokenProcessPool:
+        raise ConfigError(
+            f"one of {workers} workers was ended, perhaps for want of memory: call the command again, it goes on where "
+            "it was; fewer --workers need less"
+        ) from None
+    except BaseException:
+        for process in list((pool._processes or {}).values()):  # its unit may take hours; it will be done again
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -62,6 +72,7 @@ def _finished(running: dict[Future[Found], Unit]) -> Iterator[tuple[Unit, Found]
 
 def _begin(task: Task, parent: int) -> None:
     global _mine
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _mine = (task, open_tokenizer(task.tokenizer, task.end_mark))

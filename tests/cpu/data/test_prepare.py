@@ -344,3 +344,25 @@ def test_inspect_shows_what_is_there(bpe: Path, capsys: pytest.CaptureFixture[st
     assert "end mark at the end of 51 of 51" in said and "digests agree" in said
     shown = open_tokenizer(str(bpe)).decode(written(prefix)[0][:90])
     assert repr(shown)[1:60] in said
+
+
+DYING = """
+import os, sys
+from moue_dist.cli.main import main
+from moue_dist.data.prepare import workers
+def die(unit):
+    os.kill(os.getpid(), 9)
+workers._shard = die
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_worker_that_dies_is_one_line(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    (tmp_path / "two.txt").write_bytes(b"x" * (17 << 20))
+    command = [sys.executable, str(tmp_path / "dying.py"), "data", "prepare", str(sources), str(tmp_path / "two.txt")]
+    command += ["--tokenizer", "bytes", "--out", str(tmp_path / "a"), "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2
+    assert "one of 2 workers was ended" in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -20,7 +20,7 @@ from moue_dist.config.devices import rank_word
 from moue_dist.measuring import provenance
 from moue_dist.measuring.metrics import MetricsLog, Rates, StepMeter, peak_rate
 from moue_dist.measuring.power import PowerMeter, PowerReading
-from moue_dist.measuring.progress import ProgressBar
+from moue_dist.measuring.progress import AmountBar, ProgressBar
 
 RATES = Rates(0.5, 1000.0, 0.25, None, "unknown device 'cpu': no peak rate")
 
@@ -218,3 +218,13 @@ def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.Mon
     subprocess.run([*git, "add", "env"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
     assert provenance.commit() == head[:12] + "+"
+
+
+def test_an_amount_is_told_by_lines_off_a_terminal() -> None:
+    stream = io.StringIO()
+    with AmountBar("tokenizing", 8_000_000, 2_000_000, stream=stream, seconds_between_lines=0) as bar:
+        bar.add(2_000_000)
+    assert stream.getvalue().startswith("tokenizing: 4 of 8 MB, ") and stream.getvalue().endswith(" left\n")
+    with AmountBar("tokenizing", 8, stream=stream, seconds_between_lines=1000) as bar:
+        bar.add(8)
+    assert stream.getvalue().count("\n") == 1

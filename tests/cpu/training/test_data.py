@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from moue_dist.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 from moue_dist.data.batches import Batches
 from moue_dist.data.corpus import data_folder, find_corpus, prepare_corpus
-from moue_dist.data.datasets import build_datasets
+from moue_dist.data.datasets import build_datasets, describe
 from moue_dist.data.sample_index import sample_index
 
 S = 16  # sequence length
@@ -66,6 +67,10 @@ def test_documents_are_bytes_with_one_end_mark(text: Path, tmp_path: Path) -> No
     corpus = find_corpus(data, tmp_path / "out")
     assert corpus is not None
     assert (corpus.documents, corpus.skipped, corpus.tokens) == (63, 1, os.path.getsize(f"{prefix}.bin"))
+    train, _ = build_datasets(config_of(text), tmp_path / "out", 64, 16)
+    (told,) = describe(config_of(text), tmp_path / "out", train)
+    assert f"data: {text}: 63 documents, {corpus.tokens:,} tokens" in told
+    assert told.endswith("; left out: 1 files that are not UTF-8")
 
 
 def test_same_text_gives_the_same_files_and_is_written_once(text: Path, tmp_path: Path) -> None:
@@ -107,6 +112,7 @@ def test_megabytes_limit_the_text(text: Path, tmp_path: Path) -> None:
     corpus = find_corpus(data, tmp_path)
     assert corpus is not None
     assert corpus.tokens - corpus.documents == 5000
+    assert corpus.beyond == sum(path.stat().st_size for path in text.rglob("*.txt")) - 5000
 
 
 def test_one_long_file_still_has_a_validation_part(tmp_path: Path) -> None:
@@ -207,7 +213,8 @@ def test_layouts_share_the_same_global_batch(text: Path, tmp_path: Path) -> None
 def test_resumed_and_longer_runs_read_the_same_samples(text: Path, tmp_path: Path) -> None:
     config = config_of(text)
     batches = ready(config, tmp_path / "a", samples=8 * 250)
-    assert isinstance(batches._samples["train"].epochs, float) and batches._samples["train"].epochs > 2
+    (told,) = describe(config, tmp_path / "a", batches._samples["train"])
+    assert float(re.search(r"read ([\d.]+) times", told)[1]) > 2  # type: ignore[index]
     steps = [_rows(batches, step, 2) for step in range(250)]
     batches.close()
     longer = ready(config, tmp_path / "b", samples=8 * 1000)
