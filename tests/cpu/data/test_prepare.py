@@ -216,7 +216,8 @@ def test_long_documents_are_cut_where_the_tokens_do_not_change(bpe: Path) -> Non
     assert "".join(parts) == text and len(parts) > 5 and max(map(len, parts)) <= 2000
     assert numpy.concatenate(tokenizer.encode(parts)).tolist() == tokenizer.encode([text])[0].tolist()
     assert list(cut_text("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5]  # no line to cut at
-    assert list(cut_text("ab\n\n\ncd", 4)) == ["ab\n\n", "\ncd"]  # blanks go on: no such place
+    assert list(cut_text("ab\ncd\n\n\nef", 7)) == ["ab\n", "cd\n\n\nef"]  # not where blanks go on
+    assert list(cut_text("ab\n\n\ncd", 4)) == ["ab\n\n", "\ncd"]  # no other place
 
 
 def test_a_long_document_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe: Path) -> None:

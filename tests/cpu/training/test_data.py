@@ -96,6 +96,17 @@ def test_half_written_corpus_is_not_used(text: Path, tmp_path: Path) -> None:
     assert find_corpus(data, out) is None
     assert prepare_corpus(data, out, show_progress=False) == prefix
     assert Path(f"{prefix}.bin").read_bytes() == whole
+    index = Path(f"{prefix}.idx").read_bytes()
+    for suffix, damaged in (
+        (".bin", bytes([whole[0] ^ 1]) + whole[1:]),  # a flipped bit
+        (".idx", index[:40]),
+        (".idx", b""),
+        (".idx", index[:50] + bytes([index[50] ^ 1]) + index[51:]),
+    ):
+        Path(prefix + suffix).write_bytes(damaged)
+        assert find_corpus(data, out) is None
+        assert prepare_corpus(data, out, show_progress=False) == prefix
+        assert (Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()) == (whole, index)
     assert not list(out.glob(".*"))  # no temporary files
 
 
