@@ -35,7 +35,7 @@ _mine: tuple[Task, Tokenizer] | None = None  # of a worker: a tokenizer cannot t
 
 def shards(task: Task, tokenizer: Tokenizer, units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, Found]]:
     """Write the units' shards; each as it is finished. Workers end with the process that started them."""
-    if workers == 1 or len(units) == 1:
+    if workers == 1 or len(units) <= 1:  # none: all were there already
         for unit in units:
             yield unit, write_shard(unit, tokenizer, task.field, task.longest, Path(task.folder))
         return

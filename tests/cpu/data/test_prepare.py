@@ -323,7 +323,7 @@ def test_bad_documents_are_left_out_on_request(tmp_path: Path, capsys: pytest.Ca
         (tmp_path / file).write_bytes(content)
     names = ("field.jsonl", "broken.jsonl", "latin.jsonl", "empty.jsonl", "latin.txt")
     command = ["data", "prepare", *(str(tmp_path / name) for name in names), "--tokenizer", "bytes"]
-    command += ["--out", str(tmp_path / "out" / "a"), "--workers", "1"]
+    command += ["--out", str(tmp_path / "out" / "a"), "--workers", "2"]
     assert main(command) == 2
     assert main([*command, "--skip-bad"]) == 0
     said = capsys.readouterr().out
