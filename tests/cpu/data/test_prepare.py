@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -157,9 +158,7 @@ def test_a_killed_run_goes_on_and_writes_the_same(sources: Path, bpe: Path, tmp_
         [sys.executable, "-c", SLOW, str(sources), str(out), str(bpe)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert process.stdout is not None and "three" in process.stdout.readline()
-    workers = subprocess.run(
-        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True
-    ).stdout.split()
+    workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10
