@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]  # tokens [b, s] and labels [b, s]
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Every parameter of the whole model by its global name."""
     m, e = config.model, config.moe
-    d, r, hd, kv = m.hidden_size, e.state_width, m.hidden_size // m.heads, m.kv_heads or m.heads
+    d, r, hd, kv = m.hidden_size, e.state_width, m.head_dim or m.hidden_size // m.heads, m.kv_heads or m.heads
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (m.vocab_size, d)}
     window = config.topology().window
     routers: dict[str, dict[str, tuple[int, ...]]] = {
@@ -39,9 +39,10 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         shapes[layer + "input_layernorm.weight"] = (d,)
         shapes[layer + "self_attention.linear_qkv.weight"] = ((m.heads + 2 * kv) * hd, d)
         shapes[layer + "self_attention.linear_proj.weight"] = (d, m.heads * hd)
-        if m.qk_norm:
-            shapes[layer + "self_attention.q_layernorm.weight"] = (hd,)
-            shapes[layer + "self_attention.k_layernorm.weight"] = (hd,)
+        if m.qk_norm != "none":
+            every = m.qk_norm == "all"
+            shapes[layer + "self_attention.q_layernorm.weight"] = (m.heads * hd if every else hd,)
+            shapes[layer + "self_attention.k_layernorm.weight"] = (kv * hd if every else hd,)
         shapes[layer + "pre_mlp_layernorm.weight"] = (d,)
         ffn, prefix = (m.ffn_hidden_size or 4 * d, "mlp.") if i < m.dense_layers else (e.shared_expert_width, "")
         if i >= m.dense_layers:
@@ -83,20 +84,25 @@ def rope(x_bshd: Tensor, base: float) -> Tensor:
 def attention(x_bsd: Tensor, w: Mapping[str, Tensor], name: str, m: ModelConfig) -> Tensor:
     """Causal grouped-query attention; linear_qkv holds, per key-value head, its query heads, then k, then v."""
     b, s, d = x_bsd.shape
-    kv, hd = m.kv_heads or m.heads, d // m.heads
+    kv, hd = m.kv_heads or m.heads, m.head_dim or d // m.heads
     per_group = m.heads // kv
     qkv = (x_bsd @ w[name + "linear_qkv.weight"].T).view(b, s, kv, per_group + 2, hd)
     q = qkv[..., :per_group, :].reshape(b, s, m.heads, hd)
     k, v = qkv[..., per_group, :], qkv[..., per_group + 1, :]
-    if m.qk_norm:
-        q = rms_norm(q, w[name + "q_layernorm.weight"], m.norm_eps)
-        k = rms_norm(k, w[name + "k_layernorm.weight"], m.norm_eps)
+    q_gain, k_gain = w.get(name + "q_layernorm.weight"), w.get(name + "k_layernorm.weight")
+    if m.qk_norm == "head":
+        q, k = rms_norm(q, q_gain, m.norm_eps), rms_norm(k, k_gain, m.norm_eps)
+    if m.qk_norm == "all":
+        q = rms_norm(q.flatten(2), q_gain, m.norm_eps).view_as(q)
+        k = rms_norm(k.flatten(2), k_gain, m.norm_eps).view_as(k)
+    if m.clip_qkv:
+        q, k, v = (x.clamp(-m.clip_qkv, m.clip_qkv) for x in (q, k, v))
     q, k = rope(q, m.rope_base), rope(k, m.rope_base)
     k, v = k.repeat_interleave(per_group, dim=2), v.repeat_interleave(per_group, dim=2)
     score = torch.einsum("bqhc,bkhc->bhqk", q, k) / hd**0.5
     score = score.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), float("-inf"))
     out = torch.einsum("bhqk,bkhc->bqhc", score.softmax(-1), v)
-    return out.reshape(b, s, d) @ w[name + "linear_proj.weight"].T
+    return out.reshape(b, s, m.heads * hd) @ w[name + "linear_proj.weight"].T
 
 
 def norm_constant(window: int, k: int) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moue_dist.config import Config, ConfigError
+from moue_dist.config.load import FORMER
 from moue_dist.parallel.mesh import Mesh
 
 FILE = "moue.json"
@@ -55,7 +56,15 @@ def _model_of(config: Config) -> dict[str, Any]:
     m, e = config.model, config.moe
     names = ("layers", "hidden_size", "heads", "kv_heads", "vocab_size", "dense_layers", "qk_norm", "tied_head")
     moe = ("pool", "expert_width", "router", "state_width", "shared_expert_width")
-    return {f"model.{n}": getattr(m, n) for n in names} | {f"moe.{n}": getattr(e, n) for n in moe}
+    own = {"model.head_dim": m.head_width, "model.clip_qkv": m.clip_qkv}
+    return {f"model.{n}": getattr(m, n) for n in names} | own | {f"moe.{n}": getattr(e, n) for n in moe}
+
+
+def _completed(model: dict[str, Any]) -> dict[str, Any]:
+    """The entry `model` of an older checkpoint with what has become an option since, and today's values."""
+    head = model.get("model.hidden_size", 0) // max(model.get("model.heads", 0), 1)
+    named = {name: FORMER[name][v] if name in FORMER and isinstance(v, bool) else v for name, v in model.items()}
+    return {"model.head_dim": head, "model.clip_qkv": 0.0} | named
 
 
 def _layout_of(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -74,12 +83,13 @@ def check(config: Config, path: Path) -> Position:
     Reads moue.json alone: nothing is built, no other rank is asked.
     """
     about = _read(path)
+    model = _completed(about["model"])
     for name, mine in _model_of(config).items():
-        if name not in about["model"]:
+        if name not in model:
             raise _unreadable(path, f"has format {FORMAT}, but its entry 'model' lacks {name}")
-        if about["model"][name] != mine:
+        if model[name] != mine:
             raise ConfigError(
-                f"{path} was trained with {name}={about['model'][name]}, this run has {mine}: use the same model, "
+                f"{path} was trained with {name}={model[name]}, this run has {mine}: use the same model, "
                 "or another name= for a run of its own"
             )
     sharded = config.parallel.distributed_optimizer

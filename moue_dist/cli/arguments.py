@@ -13,7 +13,7 @@ Run = Callable[[argparse.Namespace, list[str]], int]  # arguments and the option
 CONFIG = "a YAML file, or the name of a shipped configuration"
 OVERRIDES = """\
 Any option of the configuration can be overridden: --section.key value, for example
-  --train.steps 500 --parallel.pipeline-parallel 2 --model.qk-norm false --parallel.stage-layers 3 1
+  --train.steps 500 --parallel.pipeline-parallel 2 --model.tied-head true --parallel.stage-layers 3 1
 `moue options` lists them all."""
 
 

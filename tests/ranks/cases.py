@@ -58,7 +58,9 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         "moe": {**RING, "router": "universal"},
         "balance": {"uelb": 0.05},
     },
-    "tied head": {"model": {"tied_head": True, "qk_norm": False}, "moe": {**BLOCK, "router": "recurrent"}},
+    "olmoe": {"model": {"qk_norm": "all", "clip_qkv": 0.9}, "balance": {"layer": 0.05}},
+    "qwen3": {"model": {"head_dim": 12}, "moe": {"topology": "full", "renormalise": True}, "balance": {"uelb": 0.05}},
+    "tied head": {"model": {"tied_head": True, "qk_norm": "none"}, "moe": {**BLOCK, "router": "recurrent"}},
 }
 PAIRS = {
     "norm": ("private", "block", "rotational"),

@@ -86,12 +86,13 @@ def build(config: Config, experts: str = "") -> Any:
 @torch.no_grad()
 def liven(system: Any) -> None:
     """Norms and the state's transition start at 1 and 0, which hides errors: move them, by name, in every layout."""
-    from moue_dist.model.init import draw, global_names
+    from moue_dist.model.init import draw, full_shape, global_names, take_shard
 
+    tp, size = system.coord.tp, system.mesh.tensor
     for stage, chunk in zip(system.my_stages, system.chunk_modules(), strict=True):
         for name, p in global_names(chunk, system.layout[stage]):
             if p.dim() == 1:
-                p.add_(draw(name, tuple(p.shape), 0.2, 1, p.device))
+                p.add_(take_shard(name, draw(name, full_shape(p, size), 0.2, 1, p.device), p, tp, size))
     for name, p in system.context.shared_router.named_parameters():
         if name == "transition":
             p.add_(draw(name, tuple(p.shape), 0.3, 1, p.device))
