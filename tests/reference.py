@@ -160,6 +160,7 @@ class Reference(nn.Module):
         self.F_p = self.pi_p.clone()  # share of all assignments, previous global batch
         self.f_lp = self.visible_lp / max(window, 1)  # share within each layer, previous global batch
         self.bias_p = torch.zeros(pool)
+        self.hidden_lw, self.step = torch.zeros(layers, window), 0  # 1: the mask hides this expert; optimizer steps
         assert layers == 0 or self.visible_lp.sum(1).eq(window).all()
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -185,6 +186,8 @@ class Reference(nn.Module):
             logits_tw = new_state_tr @ w[name + "mlp.router.gate"].T
         else:
             logits_tw = x_td @ w[name + "mlp.router.weight"].T
+        if self.step < moe.mask_steps:
+            logits_tw = logits_tw + moe.mask_start * (1 - self.step / moe.mask_steps) * self.hidden_lw[layer]
 
         if moe.router == "norm":
             unit_tw = logits_tw / (logits_tw.norm(dim=-1, keepdim=True) + 1e-6)
@@ -314,6 +317,7 @@ def train(
         optimizer.step()
         counts_lp = torch.stack([output.counts_lp for output in outputs]).sum(0)
         reference.finish_batch(counts_lp)
+        reference.step += 1
         losses.append(torch.stack([output.lm_loss for output in outputs]).mean().item())
         if record is not None:
             terms = {n: torch.stack([o.terms[n] for o in outputs]).mean().item() for n in outputs[0].terms}

@@ -99,13 +99,15 @@ class Router(nn.Module):
         bias_p: Tensor | None,
         chosen_tk: Tensor | None = None,
         auxiliary: Auxiliary | None = None,
+        mask_w: Tensor | None = None,
     ) -> Routing:
         """Route T tokens. `bias_p` [P] is the loss-free balance bias: it moves the choice, never the weights.
 
         `chosen_tk` are expert ids to take instead of choosing: what an earlier run of the same tokens chose.
-        `auxiliary` is the loss to hang on the weights, None where nothing is trained or counted.
+        `auxiliary` is the loss to hang on the weights, None where nothing is trained or counted. `mask_w` [W] is added
+        to the logits.
         """
-        choice = Choice(self.rule, self.window, bias_p, chosen_tk, auxiliary)
+        choice = Choice(self.rule, self.window, bias_p, chosen_tk, auxiliary, mask_w)
         if self.kind == "universal":
             return self._universal(x_td, state_tr, shared, choice)
         if self.kind == "recurrent":

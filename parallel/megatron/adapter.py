@@ -102,7 +102,9 @@ def transformer_config(config: Config, mesh: Mesh, *, fp8_recipe: str | None, fu
         add_bias_linear=False,
         normalization="RMSNorm",
         layernorm_epsilon=m.norm_eps,
-        qk_layernorm=m.qk_norm != "none",
+        # It then adds up those norms' gradients over tensor-parallel ranks (finalize_model_grads.py:354): not where each
+        # rank has the norm of its own heads.
+        qk_layernorm=m.qk_norm == "head",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=dtype is torch.bfloat16,

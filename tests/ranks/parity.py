@@ -66,6 +66,13 @@ def microbatches(config: Config, step_tokens: Tensor, dp: int, data: int) -> lis
     return out
 
 
+def hidden(config: Config) -> Tensor:
+    """[L, W]: what a converted model hides, all experts but a layer's own; zeros where there is no mask."""
+    windows, own = config.topology().windows, config.moe.pool // max(config.moe_layers, 1)
+    hides = [[float(e // own != layer) for e in window] for layer, window in enumerate(windows)]
+    return torch.tensor(hides).view(len(windows), -1) * (config.moe.mask_steps > 0)
+
+
 # Inside the ranks.
 
 
@@ -93,6 +100,7 @@ def liven(system: Any) -> None:
         for name, p in global_names(chunk, system.layout[stage]):
             if p.dim() == 1:
                 p.add_(take_shard(name, draw(name, full_shape(p, size), 0.2, 1, p.device), p, tp, size))
+    system.context.mask.hide(hidden(system.config), 0)
     for name, p in system.context.shared_router.named_parameters():
         if name == "transition":
             p.add_(draw(name, tuple(p.shape), 0.3, 1, p.device))
@@ -139,6 +147,7 @@ def train(
         if load is not None:
             path = newest(load)
             assert path is not None
+            system.context.mask.hide(torch.zeros_like(system.context.mask.hidden_lw), 0)
             assert store.load(system, path).step == start
         initial, tokens, results = collect(system), tokens_of(config, config.train.steps, seed), []
         for i in range(start, stop):
@@ -268,6 +277,7 @@ def run_reference(config: Config, initial: dict[str, Tensor], kill: Iterable[int
         model, record = Watched(alone), []
         model.load(initial)
         model.bias_p[list(kill)] = -1e9
+        model.hidden_lw = hidden(config)
         batches = [
             [[(b["tokens"], b["labels"]) for b in microbatches(alone, tokens, 0, 1)]]
             for tokens in tokens_of(alone, steps, seed)
