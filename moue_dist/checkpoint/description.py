@@ -40,16 +40,58 @@ def newest(folder: Path) -> Path | None:
     return path
 
 
-def describe(config: Config, mesh: Mesh, position: Position) -> dict[str, Any]:
-    """What moue.json says about a checkpoint."""
+def find(folder: Path) -> Path:
+    """The newest checkpoint of a run or a converted model, or the one that `folder` is. Raises ConfigError."""
+    if (folder / FILE).is_file():
+        return folder
+    for place in (folder / "checkpoints", folder):
+        path = newest(place)
+        if path is not None:
+            return path
+    raise ConfigError(f"no checkpoint in {folder}: name a run's folder, a step_* folder or what `moue convert` wrote")
+
+
+def start_of(config: Config, run_dir: Path) -> Path | None:
+    """The checkpoint that a new run in `run_dir` starts with; None for a run that goes on or starts afresh.
+
+    Raises ConfigError where that is not there or of another model.
+    """
+    if not config.train.start_from or newest(run_dir / "checkpoints") is not None:
+        return None
+    try:
+        path = find(Path(config.train.start_from).expanduser())
+    except ConfigError as error:
+        raise ConfigError(f"train.start_from: {error}") from None
+    about = _read(path)
+    known = _completed(about["model"]) | about.get("function", {})
+    for name, mine in (_model_of(config) | _function_of(config)).items():
+        if name in known and known[name] != mine:
+            raise ConfigError(
+                f"train.start_from={config.train.start_from}: its model has {name}={known[name]}, this run has {mine}: "
+                "take the model of the config.yaml beside it"
+            )
+    return path
+
+
+def describe(config: Config, mesh: Mesh, position: Position, *, weights_alone: bool = False) -> dict[str, Any]:
+    """What moue.json says about a checkpoint; `weights_alone`: it has no optimizer state, so that no run resumes it."""
     return {
         "format": FORMAT,
         "step": position.step,
         "tokens": position.tokens,
         "layout": _layout_of(config, mesh),
         "distributed_optimizer": config.parallel.distributed_optimizer,
+        "weights_alone": weights_alone,
         "model": _model_of(config),
+        "function": _function_of(config),
     }
+
+
+def _function_of(config: Config) -> dict[str, Any]:
+    """What else makes the same weights another function: a run may change it, but does not start with it changed."""
+    names = ("topology", "window", "stride", "group", "top_k", "score", "renormalise", "route_scale", "state_decay")
+    own = {"model.rope_base": config.model.rope_base, "model.norm_eps": config.model.norm_eps}
+    return own | {f"moe.{n}": getattr(config.moe, n) for n in names}
 
 
 def _model_of(config: Config) -> dict[str, Any]:
@@ -83,6 +125,10 @@ def check(config: Config, path: Path) -> Position:
     Reads moue.json alone: nothing is built, no other rank is asked.
     """
     about = _read(path)
+    if about.get("weights_alone"):
+        raise ConfigError(
+            f"{path} holds weights alone, which no run can resume: name it in train.start_from, and the run otherwise"
+        )
     model = _completed(about["model"])
     for name, mine in _model_of(config).items():
         if name not in model:

@@ -15,7 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moue_dist.checkpoint.names import POOL, checkpoint_key, other_key
 from moue_dist.config import Config, ModelConfig
+
+__all__ = [
+    "HEAD", "LAYER", "MIXTRAL", "POOL", "QK_NORM", "QWEN", "ROUTER", "TOP", "Part", "Style", "checkpoint_key",
+    "expert_names", "fused_names", "join", "join_expert", "other_key", "parts", "split", "split_expert",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,34 +147,3 @@ def split_expert(row: Tensor, width: int, hidden: int) -> tuple[Tensor, Tensor, 
     """Gate [f, d], up [f, d] and down [d, f] of a row of the pool."""
     gate, up, down = row.view(3, width * hidden)
     return gate.view(width, hidden), up.view(width, hidden), down.view(hidden, width)
-
-
-# our names in a checkpoint
-
-POOL = "pool.weight"  # [P, 3 f d]
-
-
-def checkpoint_key(name: str) -> str:
-    """A weight's key in a checkpoint: megatron-core names the norms after the linear that follows.
-
-    A run with Transformer Engine keeps `pre_mlp_layernorm.weight` of MoE layers: see `other_key`.
-    """
-    for ours, key in _NORMS.items():
-        name = name.replace(ours, key)
-    return name
-
-
-def other_key(key: str) -> str:
-    """What else a norm may be called in a checkpoint; other keys stay."""
-    for ours, there in _NORMS.items():
-        if ours in key:
-            return key.replace(ours, there)
-        if there in key:
-            return key.replace(there, ours)
-    return key
-
-
-_NORMS = {
-    ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
-    ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
-}

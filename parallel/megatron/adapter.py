@@ -102,8 +102,8 @@ def transformer_config(config: Config, mesh: Mesh, *, fp8_recipe: str | None, fu
         add_bias_linear=False,
         normalization="RMSNorm",
         layernorm_epsilon=m.norm_eps,
-        # It then adds up those norms' gradients over tensor-parallel ranks (finalize_model_grads.py:354): not where each
-        # rank has the norm of its own heads.
+        # It then adds up those norms' gradients over tensor-parallel ranks (finalize_model_grads.py:354): not where
+        # each rank has the norm of its own heads.
         qk_layernorm=m.qk_norm == "head",
         hidden_dropout=0.0,
         attention_dropout=0.0,

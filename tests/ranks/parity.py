@@ -125,18 +125,20 @@ def train(
     stop: int = 5,
     kill: tuple[int, ...] = (),
     load: Path | None = None,
+    begin: Path | None = None,
     save: Path | None = None,
     check_every: int = 0,
     experts: str = "",
 ) -> Trained:
     """Build the layout, train steps `start` to `stop` of a run of `train.steps` steps, return losses and weights.
 
-    `load` and `save` are checkpoint folders; `kill` are experts that the loss-free bias hides from the router;
-    `check_every` is the interval in steps of the replicas' bit-equality check, which also ends the run; `experts` as in
-    `build`.
+    `load` and `save` are checkpoint folders, `begin` one whose weights alone are taken; `kill` are experts that the
+    loss-free bias hides from the router; `check_every` is the interval in steps of the replicas' bit-equality check,
+    which also ends the run; `experts` as in `build`.
     """
     from moue_dist.checkpoint import store
-    from moue_dist.checkpoint.description import Position, newest
+    from moue_dist.checkpoint.description import Position, find, newest
+    from moue_dist.checkpoint.start import start as start_with
     from moue_dist.parallel.megatron import adapter as megatron
     from moue_dist.parallel.pool.synced import check_replicas
     from moue_dist.training.step import train_step
@@ -149,6 +151,8 @@ def train(
             assert path is not None
             system.context.mask.hide(torch.zeros_like(system.context.mask.hidden_lw), 0)
             assert store.load(system, path).step == start
+        if begin is not None:
+            start_with(system, find(begin))
         initial, tokens, results = collect(system), tokens_of(config, config.train.steps, seed), []
         for i in range(start, stop):
             mine = microbatches(config, tokens[i], system.coord.dp, system.mesh.data)
