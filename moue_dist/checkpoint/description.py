@@ -120,7 +120,8 @@ def _layout_of(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def check(config: Config, path: Path) -> Position:
-    """Where the checkpoint `path` stands. Raises ConfigError if it is of another format, broken, or of another model.
+    """Where the checkpoint `path` stands, for a run that goes on from it. Raises ConfigError as `check_model` does, and
+    where its optimizer state has another form.
 
     Reads moue.json alone: nothing is built, no other rank is asked.
     """
@@ -129,6 +130,19 @@ def check(config: Config, path: Path) -> Position:
         raise ConfigError(
             f"{path} holds weights alone, which no run can resume: name it in train.start_from, and the run otherwise"
         )
+    position = check_model(config, path)
+    sharded = config.parallel.distributed_optimizer
+    if about["distributed_optimizer"] != sharded:
+        raise ConfigError(
+            f"{path} was saved with parallel.distributed_optimizer={str(not sharded).lower()}, whose optimizer state "
+            f"has another form: resume with that value"
+        )
+    return position
+
+
+def check_model(config: Config, path: Path) -> Position:
+    """Where the checkpoint `path` stands. Raises ConfigError if it is of another format or model, or broken."""
+    about = _read(path)
     model = _completed(about["model"])
     for name, mine in _model_of(config).items():
         if name not in model:
@@ -138,12 +152,6 @@ def check(config: Config, path: Path) -> Position:
                 f"{path} was trained with {name}={model[name]}, this run has {mine}: use the same model, "
                 "or another name= for a run of its own"
             )
-    sharded = config.parallel.distributed_optimizer
-    if about["distributed_optimizer"] != sharded:
-        raise ConfigError(
-            f"{path} was saved with parallel.distributed_optimizer={str(not sharded).lower()}, whose optimizer state "
-            f"has another form: resume with that value"
-        )
     return Position(about["step"], about["tokens"])
 
 
