@@ -84,7 +84,7 @@ class Router(nn.Module):
             self.weight = parameter(w, hidden)
         if self.kind == "norm":
             self.scale = nn.Parameter(torch.ones(1, dtype=dtype, device=device))
-            self.norm_constant = _norm_constant(w, moe.top_k)
+            self.norm_constant = norm_constant(w, moe.top_k)
         if self.kind == "universal":
             self.query = parameter(r, hidden)
         if self.kind == "recurrent":
@@ -145,7 +145,7 @@ def _gru(x_tr: Tensor, state_tr: Tensor | None, w_ih: Tensor, w_hh: Tensor) -> T
 
 
 @functools.cache
-def _norm_constant(window: int, top_k: int) -> float:
+def norm_constant(window: int, top_k: int) -> float:
     """1 / E[sum of the top k of relu(g / |g|)], g ~ N(0, I_window), by 4096 draws: weights sum to about 1 at first.
 
     The inverse of the mean, not the mean of the inverse: for a small window all of g can be negative.
