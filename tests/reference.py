@@ -23,7 +23,7 @@ Batch = tuple[Tensor, ...]
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Every parameter of the whole model by its global name."""
     m, e = config.model, config.moe
-    d, r, hd, kv = m.hidden_size, e.state_width, m.hidden_size // m.heads, m.kv_heads or m.heads
+    d, r, hd, kv = m.hidden_size, e.state_width, m.head_dim or m.hidden_size // m.heads, m.kv_heads or m.heads
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (m.vocab_size, d)}
     window = config.topology().window
     routers: dict[str, dict[str, tuple[int, ...]]] = {
@@ -40,9 +40,10 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         shapes[layer + "input_layernorm.weight"] = (d,)
         shapes[layer + "self_attention.linear_qkv.weight"] = ((m.heads + 2 * kv) * hd, d)
         shapes[layer + "self_attention.linear_proj.weight"] = (d, m.heads * hd)
-        if m.qk_norm:
-            shapes[layer + "self_attention.q_layernorm.weight"] = (hd,)
-            shapes[layer + "self_attention.k_layernorm.weight"] = (hd,)
+        if m.qk_norm != "none":
+            every = m.qk_norm == "all"
+            shapes[layer + "self_attention.q_layernorm.weight"] = (m.heads * hd if every else hd,)
+            shapes[layer + "self_attention.k_layernorm.weight"] = (kv * hd if every else hd,)
         shapes[layer + "pre_mlp_layernorm.weight"] = (d,)
         ffn, prefix = (m.ffn_hidden_size or 4 * d, "mlp.") if i < m.dense_layers else (e.shared_expert_width, "")
         if i >= m.dense_layers:
@@ -89,14 +90,19 @@ def attention(
     With `documents_bs` a token sees none but its own document.
     """
     b, s, d = x_bsd.shape
-    kv, hd = m.kv_heads or m.heads, d // m.heads
+    kv, hd = m.kv_heads or m.heads, m.head_dim or d // m.heads
     per_group = m.heads // kv
     qkv = (x_bsd @ w[name + "linear_qkv.weight"].T).view(b, s, kv, per_group + 2, hd)
     q = qkv[..., :per_group, :].reshape(b, s, m.heads, hd)
     k, v = qkv[..., per_group, :], qkv[..., per_group + 1, :]
-    if m.qk_norm:
-        q = rms_norm(q, w[name + "q_layernorm.weight"], m.norm_eps)
-        k = rms_norm(k, w[name + "k_layernorm.weight"], m.norm_eps)
+    q_gain, k_gain = w.get(name + "q_layernorm.weight"), w.get(name + "k_layernorm.weight")
+    if m.qk_norm == "head":
+        q, k = rms_norm(q, q_gain, m.norm_eps), rms_norm(k, k_gain, m.norm_eps)
+    if m.qk_norm == "all":
+        q = rms_norm(q.flatten(2), q_gain, m.norm_eps).view_as(q)
+        k = rms_norm(k.flatten(2), k_gain, m.norm_eps).view_as(k)
+    if m.clip_qkv:
+        q, k, v = (x.clamp(-m.clip_qkv, m.clip_qkv) for x in (q, k, v))
     q, k = rope(q, m.rope_base), rope(k, m.rope_base)
     k, v = k.repeat_interleave(per_group, dim=2), v.repeat_interleave(per_group, dim=2)
     score = torch.einsum("bqhc,bkhc->bhqk", q, k) / hd**0.5
@@ -105,7 +111,7 @@ def attention(
         other = documents_bs[:, None, :, None] != documents_bs[:, None, None, :]
         score = score.masked_fill(other, float("-inf"))
     out = torch.einsum("bhqk,bkhc->bqhc", score.softmax(-1), v)
-    return out.reshape(b, s, d) @ w[name + "linear_proj.weight"].T
+    return out.reshape(b, s, m.heads * hd) @ w[name + "linear_proj.weight"].T
 
 
 def norm_constant(window: int, k: int) -> float:
@@ -163,6 +169,7 @@ class Reference(nn.Module):
         self.F_p = self.pi_p.clone()  # share of all assignments, previous global batch
         self.f_lp = self.visible_lp / max(window, 1)  # share within each layer, previous global batch
         self.bias_p = torch.zeros(pool)
+        self.hidden_lw, self.step = torch.zeros(layers, window), 0  # 1: the mask hides this expert; optimizer steps
         assert layers == 0 or self.visible_lp.sum(1).eq(window).all()
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -188,6 +195,8 @@ class Reference(nn.Module):
             logits_tw = new_state_tr @ w[name + "mlp.router.gate"].T
         else:
             logits_tw = x_td @ w[name + "mlp.router.weight"].T
+        if self.step < moe.mask_steps:
+            logits_tw = logits_tw + moe.mask_start * (1 - self.step / moe.mask_steps) * self.hidden_lw[layer]
 
         if moe.router == "norm":
             unit_tw = logits_tw / (logits_tw.norm(dim=-1, keepdim=True) + 1e-6)
@@ -326,6 +335,7 @@ def train(
         optimizer.step()
         counts_lp = torch.stack([output.counts_lp for output in outputs]).sum(0)
         reference.finish_batch(counts_lp)
+        reference.step += 1
         losses.append(torch.stack([output.lm_loss for output in outputs]).mean().item())
         if record is not None:
             terms = {n: torch.stack([o.terms[n] for o in outputs]).mean().item() for n in outputs[0].terms}

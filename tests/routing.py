@@ -36,8 +36,8 @@ class Exact(NamedTuple):
 
 def exact(logits_tw: Tensor, choice: Choice, dweights_tk: Tensor, columns_tk: Tensor | None = None) -> Exact:
     """By plain autograd; `columns_tk` are columns to take instead of the best."""
-    rule, window_w, bias_p, _, auxiliary = choice
-    z_tw = logits_tw.detach().double().requires_grad_()
+    rule, window_w, bias_p, _, auxiliary, mask_w = choice
+    z_tw = (logits_tw.detach().double() + (0 if mask_w is None else mask_w.double())).requires_grad_()
     lse_t = z_tw.exp().sum(1).log()
     p_tw = (z_tw - lse_t[:, None]).exp()
     sigma_tw, unit_tw = 1 / (1 + (-z_tw).exp()), z_tw / (z_tw.square().sum(1, keepdim=True).sqrt() + 1e-6)
@@ -78,9 +78,20 @@ class Case(NamedTuple):
 
 
 def case(
-    rule: Rule, tokens: int, window: int, *, bias: bool = False, loss: bool = True, device: str = "cpu", seed: int = 0
+    rule: Rule,
+    tokens: int,
+    window: int,
+    *,
+    bias: bool = False,
+    loss: bool = True,
+    mask: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Case:
-    """A window in the middle of a larger pool; the loss counts twice the tokens, as with two tensor-parallel shards."""
+    """A window in the middle of a larger pool; the loss counts twice the tokens, as with two tensor-parallel shards.
+
+    `mask` hides about a third of the experts.
+    """
     g = torch.Generator().manual_seed(seed + 1000 * window + rule.top_k)
     window_w = (torch.randperm(window + 9, generator=g)[:window].sort().values + 3).to(device)
     weights_p = torch.rand(window + 20, generator=g).to(device)
@@ -88,7 +99,8 @@ def case(
     logits = (1.5 * torch.randn(tokens, window, generator=g) + 0.5).to(device)
     auxiliary = Auxiliary(weights_p, 0.02, 0.25, 2 * max(tokens, 1)) if loss else None
     dweights = torch.randn(tokens, rule.top_k, generator=g).to(device) / max(tokens, 1)
-    return Case(logits, Choice(rule, window_w, bias_p, None, auxiliary), dweights)
+    mask_w = (-6.0 * (torch.rand(window, generator=g) < 1 / 3)).to(device) if mask else None
+    return Case(logits, Choice(rule, window_w, bias_p, None, auxiliary, mask_w), dweights)
 
 
 def cancelling(tokens: int, window: int, hidden: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:

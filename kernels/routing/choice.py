@@ -48,6 +48,7 @@ class Choice(NamedTuple):
     bias_p: Tensor | None = None  # loss-free balance: moves the choice, never the weights
     chosen_tk: Tensor | None = None  # ids to take instead of choosing
     auxiliary: Auxiliary | None = None  # None: nothing hangs on the weights, and nothing is counted
+    mask_w: Tensor | None = None  # added to the logits before anything else, fp32
 
 
 class Tally(NamedTuple):

@@ -43,7 +43,9 @@ def choose(logits_tw: Tensor, choice: Choice, impl: Impl | None = None) -> Chose
         from moue_dist.kernels.routing import fused
 
         return fused.choose(logits_tw, choice)
-    rule, window_w, bias_p, chosen_tk, auxiliary = choice
+    rule, window_w, bias_p, chosen_tk, auxiliary, mask_w = choice
+    if mask_w is not None:
+        logits_tw = logits_tw + mask_w
     bias_w = None if bias_p is None else bias_p[window_w]
     given = None if chosen_tk is None else torch.searchsorted(window_w, chosen_tk)
     weigh = {"softmax": _softmax, "sigmoid": _sigmoid, "norm": _norm}[rule.kind]

@@ -49,8 +49,8 @@ def tile(window: int) -> tuple[int, int, int]:
 
 
 def choose(logits_tw: Tensor, choice: Choice) -> Forward:
-    """See `choose.choose`; `logits_tw` is fp32 and contiguous."""
-    rule, window_w, bias_p, chosen_tk, auxiliary = choice
+    """See `choose.choose`; `logits_tw` is fp32 and contiguous, and has the mask already."""
+    rule, window_w, bias_p, chosen_tk, auxiliary, _ = choice
     (tokens, w), k, device = logits_tw.shape, rule.top_k, logits_tw.device
     rows, columns, warps = tile(w)
     blocks = triton.cdiv(tokens, rows)

@@ -38,6 +38,8 @@ def _chosen(ids_tk: Tensor, weights_tk: Tensor, tally: Tensor | None) -> Chosen:
 
 
 def _forward(ctx: Any, logits_tw: Tensor, choice: Choice, *kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    if choice.mask_w is not None:
+        logits_tw = logits_tw + choice.mask_w  # kept in the place of those without: the gradient is the same
     logits_tw = logits_tw.contiguous()
     found = choose_triton.choose(logits_tw, choice)
     a = choice.auxiliary

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moue_dist.config import Config, ConfigError
+from moue_dist.config.load import FORMER
 from moue_dist.parallel.mesh import Mesh
 
 FILE = "moue.json"
@@ -39,23 +40,73 @@ def newest(folder: Path) -> Path | None:
     return path
 
 
-def describe(config: Config, mesh: Mesh, position: Position) -> dict[str, Any]:
-    """What moue.json says about a checkpoint."""
+def find(folder: Path) -> Path:
+    """The newest checkpoint of a run or a converted model, or the one that `folder` is. Raises ConfigError."""
+    if (folder / FILE).is_file():
+        return folder
+    for place in (folder / "checkpoints", folder):
+        path = newest(place)
+        if path is not None:
+            return path
+    raise ConfigError(f"no checkpoint in {folder}: name a run's folder, a step_* folder or what `moue convert` wrote")
+
+
+def start_of(config: Config, run_dir: Path) -> Path | None:
+    """The checkpoint that a new run in `run_dir` starts with; None for a run that goes on or starts afresh.
+
+    Raises ConfigError where that is not there or of another model.
+    """
+    if not config.train.start_from or newest(run_dir / "checkpoints") is not None:
+        return None
+    try:
+        path = find(Path(config.train.start_from).expanduser())
+    except ConfigError as error:
+        raise ConfigError(f"train.start_from: {error}") from None
+    about = _read(path)
+    known = _completed(about["model"]) | about.get("function", {})
+    for name, mine in (_model_of(config) | _function_of(config)).items():
+        if name in known and known[name] != mine:
+            raise ConfigError(
+                f"train.start_from={config.train.start_from}: its model has {name}={known[name]}, this run has {mine}: "
+                "take the model of the config.yaml beside it"
+            )
+    return path
+
+
+def describe(config: Config, mesh: Mesh, position: Position, *, weights_alone: bool = False) -> dict[str, Any]:
+    """What moue.json says about a checkpoint; `weights_alone`: it has no optimizer state, so that no run resumes it."""
     return {
         "format": FORMAT,
         "step": position.step,
         "tokens": position.tokens,
         "layout": _layout_of(config, mesh),
         "distributed_optimizer": config.parallel.distributed_optimizer,
+        "weights_alone": weights_alone,
         "model": _model_of(config),
+        "function": _function_of(config),
     }
+
+
+def _function_of(config: Config) -> dict[str, Any]:
+    """What else makes the same weights another function: a run may change it, but does not start with it changed."""
+    names = ("topology", "window", "stride", "group", "top_k", "score", "renormalise", "route_scale", "state_decay")
+    own = {"model.rope_base": config.model.rope_base, "model.norm_eps": config.model.norm_eps}
+    return own | {f"moe.{n}": getattr(config.moe, n) for n in names}
 
 
 def _model_of(config: Config) -> dict[str, Any]:
     m, e = config.model, config.moe
     names = ("layers", "hidden_size", "heads", "kv_heads", "vocab_size", "dense_layers", "qk_norm", "tied_head")
     moe = ("pool", "expert_width", "router", "state_width", "shared_expert_width")
-    return {f"model.{n}": getattr(m, n) for n in names} | {f"moe.{n}": getattr(e, n) for n in moe}
+    own = {"model.head_dim": m.head_width, "model.clip_qkv": m.clip_qkv}
+    return {f"model.{n}": getattr(m, n) for n in names} | own | {f"moe.{n}": getattr(e, n) for n in moe}
+
+
+def _completed(model: dict[str, Any]) -> dict[str, Any]:
+    """The entry `model` of an older checkpoint with what has become an option since, and today's values."""
+    head = model.get("model.hidden_size", 0) // max(model.get("model.heads", 0), 1)
+    named = {name: FORMER[name][v] if name in FORMER and isinstance(v, bool) else v for name, v in model.items()}
+    return {"model.head_dim": head, "model.clip_qkv": 0.0} | named
 
 
 def _layout_of(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -69,25 +120,38 @@ def _layout_of(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def check(config: Config, path: Path) -> Position:
-    """Where the checkpoint `path` stands. Raises ConfigError if it is of another format, broken, or of another model.
+    """Where the checkpoint `path` stands, for a run that goes on from it. Raises ConfigError as `check_model` does, and
+    where its optimizer state has another form.
 
     Reads moue.json alone: nothing is built, no other rank is asked.
     """
     about = _read(path)
-    for name, mine in _model_of(config).items():
-        if name not in about["model"]:
-            raise _unreadable(path, f"has format {FORMAT}, but its entry 'model' lacks {name}")
-        if about["model"][name] != mine:
-            raise ConfigError(
-                f"{path} was trained with {name}={about['model'][name]}, this run has {mine}: use the same model, "
-                "or another name= for a run of its own"
-            )
+    if about.get("weights_alone"):
+        raise ConfigError(
+            f"{path} holds weights alone, which no run can resume: name it in train.start_from, and the run otherwise"
+        )
+    position = check_model(config, path)
     sharded = config.parallel.distributed_optimizer
     if about["distributed_optimizer"] != sharded:
         raise ConfigError(
             f"{path} was saved with parallel.distributed_optimizer={str(not sharded).lower()}, whose optimizer state "
             f"has another form: resume with that value"
         )
+    return position
+
+
+def check_model(config: Config, path: Path) -> Position:
+    """Where the checkpoint `path` stands. Raises ConfigError if it is of another format or model, or broken."""
+    about = _read(path)
+    model = _completed(about["model"])
+    for name, mine in _model_of(config).items():
+        if name not in model:
+            raise _unreadable(path, f"has format {FORMAT}, but its entry 'model' lacks {name}")
+        if model[name] != mine:
+            raise ConfigError(
+                f"{path} was trained with {name}={model[name]}, this run has {mine}: use the same model, "
+                "or another name= for a run of its own"
+            )
     return Position(about["step"], about["tokens"])
 
 

@@ -61,9 +61,16 @@ def load(system: System, path: Path) -> Position:
     system.dense.optimizer.load_state_dict(state["optimizer"])
     megatron_saving.mend_after_load(system.dense.optimizer)
     _take_shared(system, state["shared"], position.step)
-    system.context.balance.load_state_dict({k: v.to(system.device) for k, v in state["balance"].items()})
+    _take_router_state(system, state, position.step)
     check_replicas(system.shared.buffers, system.groups.world)
     return position
+
+
+def _take_router_state(system: System, state: dict[str, Any], step: int) -> None:
+    """Balance and mask, which every rank has whole. A checkpoint from before there were masks hides nothing."""
+    system.context.balance.load_state_dict({k: v.to(system.device) for k, v in state["balance"].items()})
+    mask = system.context.mask
+    mask.hide(state["mask"]["hidden_lw"] if "mask" in state else torch.zeros_like(mask.hidden_lw), step)
 
 
 def _chunk_names(system: System) -> list[str]:
@@ -78,7 +85,8 @@ def _state(system: System, *, loading: bool) -> dict[str, Any]:
     }
     optimizer = system.dense.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=metadata)
     balance = {k: v.cpu() for k, v in system.context.balance.state_dict().items()}
-    return {**models, "optimizer": optimizer, "shared": _shared_entries(system), "balance": balance}
+    mask = {"hidden_lw": system.context.mask.hidden_lw.cpu()}
+    return {**models, "optimizer": optimizer, "shared": _shared_entries(system), "balance": balance, "mask": mask}
 
 
 def _shared_entries(system: System) -> dict[str, ShardedTensor]:

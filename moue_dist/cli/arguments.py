@@ -13,7 +13,7 @@ Run = Callable[[argparse.Namespace, list[str]], int]  # arguments and the option
 CONFIG = "a YAML file, or the name of a shipped configuration"
 OVERRIDES = """\
 Any option of the configuration can be overridden: --section.key value, for example
-  --train.steps 500 --parallel.pipeline-parallel 2 --model.qk-norm false --parallel.stage-layers 3 1
+  --train.steps 500 --parallel.pipeline-parallel 2 --model.tied-head true --parallel.stage-layers 3 1
 `moue options` lists them all."""
 
 
@@ -39,6 +39,17 @@ def count(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, not {text!r}")
+    return value
+
+
 def load(path: str, overrides: list[str]) -> Config:
     """The configuration of a file or of a shipped name, changed by options; raises ConfigError."""
     from moue_dist.config.load import load_config
@@ -47,3 +58,9 @@ def load(path: str, overrides: list[str]) -> Config:
     if not find_config(path).exists() and any(word.endswith((".yaml", ".yml")) for word in overrides):
         raise ConfigError(f"the configuration file comes first, then the options; {path!r} is no file")
     return load_config(path, overrides)
+
+
+def no_more(overrides: list[str]) -> None:
+    """Raises ConfigError where words are left over for a command that takes no options of a configuration."""
+    if overrides:
+        raise ConfigError(f"unexpected {overrides[0]!r}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from moue_dist import __version__
 from moue_dist.cli import bench, data, options, plan, report, train
+from moue_dist.cli.models import convert, evaluate, export, generate
 from moue_dist.config import BAD_CONFIGURATION, ConfigError
 from moue_dist.config.shipped import about_shipped
 
@@ -20,7 +21,11 @@ and pipeline stage.
   moue train tiny           run it
   moue data prepare text/   tokenize text of yours
   moue bench step tiny      time the training step
+  moue convert MODEL OUT    a Hugging Face model to train on from
   moue report runs/tiny     one HTML page about one or several runs
+  moue export runs/tiny OUT the model as a Hugging Face folder
+  moue generate runs/tiny --prompt "def main("
+  moue eval runs/tiny       how well it predicts text
   moue options              every option of a configuration, with its default"""
 
 
@@ -44,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (train, data, plan, bench, options):
+    for command in (train, data, plan, bench, convert, export, generate, evaluate, options):
         command.add_to(commands)
     commands.add_parser("report", help="an HTML page about one or several runs", add_help=False)
     return parser

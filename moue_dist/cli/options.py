@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moue_dist.cli.arguments import CONFIG, add_command
-from moue_dist.config import Config, ConfigError
+from moue_dist.cli.arguments import CONFIG, add_command, no_more
+from moue_dist.config import Config
 from moue_dist.config.shipped import about_shipped
 
 
@@ -16,8 +16,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    if overrides:
-        raise ConfigError(f"unexpected {overrides[0]!r}")
+    no_more(overrides)
     import tyro
 
     print(f"CONFIG is {CONFIG}.\n{about_shipped()}\n")

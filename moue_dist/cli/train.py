@@ -17,7 +17,12 @@ each GPU, or on a CPU as few as the grid needs.
   moue train debug_gpu --nproc 2 --parallel.expert-parallel 2
   torchrun --nproc-per-node 8 -m moue_dist train moue_7b
 
-A run that has a checkpoint continues from its latest one.
+A run that has a checkpoint continues from its latest one. A new one can start from the weights of a converted model or
+of another run:
+
+  moue train models/mixtral/config.yaml --name mine --train.steps 1000
+  moue train tiny --name again --train.start-from runs/tiny
+
 {OVERRIDES}"""
 
 
@@ -28,9 +33,12 @@ def add_to(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    from moue_dist.checkpoint.description import start_of
     from moue_dist.cli.ranks import my_place, start_ranks
 
     config = load(args.config, overrides)
+    if config.train.start_from:  # here, before ranks are there to find out
+        start_of(config, Path(config.output).expanduser() / config.name)
     started = start_ranks(config, args.nproc, ["train", args.config, *overrides])
     if started is not None:
         return started

@@ -24,6 +24,8 @@ from moue_dist.config.shipped import find_config, is_name, shipped_names
 
 Nested = dict[str, Any]
 
+FORMER: dict[str, dict[bool, str]] = {"model.qk_norm": {True: "head", False: "none"}}  # what was a switch once
+
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file (None: all defaults) with overrides such as `--train.steps 10`.
@@ -151,7 +153,8 @@ def _check(kind: Any, raw: Mapping[Any, Any], prefix: str) -> Nested:
                 raise ConfigError(f"{name} is a section: expected its options below it, not {_show(value)}")
             checked[key] = _check(hints[key], value, f"{name}.")
         else:
-            checked[key] = _convert(hints[key], value, name)
+            former = FORMER.get(name, {}).get(value) if isinstance(value, bool) else None
+            checked[key] = former or _convert(hints[key], value, name)
     return checked
 
 
@@ -252,8 +255,10 @@ def _groups(args: Sequence[str]) -> list[list[str]]:
     for group in groups:
         key, words = group[0], group[1:]
         positive = re.sub(r"(^|\.)no_", r"\1", key)
-        if key not in keys and keys.get(positive) is bool and not words:
+        if key not in keys and (keys.get(positive) is bool or positive in FORMER) and not words:
             key, words = positive, ["false"]
+        if key in FORMER and (not words or words[0].lower() in ("true", "false")):
+            words = [FORMER[key][not words or words[0].lower() == "true"]]
         if key not in keys:
             raise ConfigError(f"unknown option {_flag(key)}{_perhaps(_flag(key), map(_flag, keys))}")
         if keys[key] is bool and len(words) == 1 and words[0].lower() in ("true", "false"):

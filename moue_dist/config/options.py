@@ -21,15 +21,27 @@ class ModelConfig:
     hidden_size: int = 128
     heads: int = 4  # attention heads
     kv_heads: int = 0  # grouped-query attention: key-value heads; 0 means as many as heads
+    head_dim: int = 0  # width of an attention head; 0 means hidden_size / heads
     vocab_size: int = 256  # 256: bytes
     sequence_length: int = 128  # tokens
     ffn_hidden_size: int = 0  # width of leading dense layers; 0 means 4 * hidden_size
     dense_layers: int = 0  # leading layers with a dense FFN instead of the pool
-    qk_norm: bool = True
+    qk_norm: Literal["none", "head", "all"] = "head"  # RMSNorm of queries and keys: none, each head, all heads at once
+    clip_qkv: float = 0.0  # queries, keys and values are clamped to +- this, after their norms; 0 means not at all
     tied_head: bool = False  # embedding and output head share weights
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
+
+    @property
+    def head_width(self) -> int:
+        """`head_dim`, or what it picks."""
+        return self.head_dim or self.hidden_size // self.heads
+
+    @property
+    def groups(self) -> int:
+        """`kv_heads`, or what it picks."""
+        return self.kv_heads or self.heads
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class MoEConfig:
     route_scale: float = 1.0  # multiplies the weights of the chosen experts
     state_width: int = 32  # universal, recurrent: width of the trajectory state and of the query
     state_decay: float = 0.9  # universal: lambda in s <- RMSNorm(lambda * s + sum p_e k_e)
+    mask_start: float = 0.0  # added at first to the logits of the experts that train.start_from hides from a layer
+    mask_steps: int = 0  # steps in which mask_start goes to 0, in a line; 0 means no mask
     shared_expert_width: int = 0  # an always-on expert beside the routed ones; 0 means none
     force_balance: bool = False  # benchmarks only: random routing
     experts: Literal["auto", "loop", "torch", "fp8", "te"] = "auto"  # how expert GEMMs are computed
@@ -115,6 +129,7 @@ class OptimizerConfig:
 class TrainConfig:
     """The run: length, batch, precision, intervals."""
 
+    start_from: str = ""  # folder of a converted model or of a run whose weights a new run starts with
     steps: int = 100
     global_batch_size: int = 16  # sequences per step, over all ranks
     micro_batch_size: int = 2  # sequences per rank and microbatch

@@ -15,6 +15,7 @@ from moue_dist.config import Config
 from moue_dist.config.topology import Topology
 from moue_dist.kernels.routing.choice import Auxiliary, Tally
 from moue_dist.model.balance import BalanceState, balance_weights
+from moue_dist.model.mask import RouterMask
 from moue_dist.model.router import SharedRouter
 from moue_dist.parallel.dispatch.exchange import ExpertExchange
 from moue_dist.parallel.pool.pool import ExpertPool
@@ -66,10 +67,12 @@ class MoEContext:
     device: torch.device
     first_layer: int = 0  # of this rank's stage, among the MoE layers
     loss_scale: float = 1.0
+    mask: RouterMask = field(init=False)
     tallies: Tallies = field(init=False)
     weights_lp: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        self.mask = RouterMask(self.config.moe, self.topology, self.device)
         self.tallies = Tallies.zeros(self.topology.layers, self.topology.pool, self.device)
         self.begin_step(1)
 

@@ -60,7 +60,8 @@ class MoELayer(MegatronModule):
         experts = self._experts
         begun = experts.begin(x_td)
         chosen, auxiliary = experts.chosen_before(), context.auxiliary(self.index, x_td.shape[0])
-        routing = self.router(x_td, state_tr, context.shared_router, context.bias, chosen, auxiliary)
+        mask = context.mask.of(self.index)
+        routing = self.router(x_td, state_tr, context.shared_router, context.bias, chosen, auxiliary, mask)
         context.observe(self.index, self.router.window, routing.tally)
         y_td = experts(x_td, routing.ids_tk, routing.weights_tk, begun)
 

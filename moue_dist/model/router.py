@@ -84,7 +84,7 @@ class Router(nn.Module):
             self.weight = parameter(w, hidden)
         if self.kind == "norm":
             self.scale = nn.Parameter(torch.ones(1, dtype=dtype, device=device))
-            self.norm_constant = _norm_constant(w, moe.top_k)
+            self.norm_constant = norm_constant(w, moe.top_k)
         if self.kind == "universal":
             self.query = parameter(r, hidden)
         if self.kind == "recurrent":
@@ -99,13 +99,15 @@ class Router(nn.Module):
         bias_p: Tensor | None,
         chosen_tk: Tensor | None = None,
         auxiliary: Auxiliary | None = None,
+        mask_w: Tensor | None = None,
     ) -> Routing:
         """Route T tokens. `bias_p` [P] is the loss-free balance bias: it moves the choice, never the weights.
 
         `chosen_tk` are expert ids to take instead of choosing: what an earlier run of the same tokens chose.
-        `auxiliary` is the loss to hang on the weights, None where nothing is trained or counted.
+        `auxiliary` is the loss to hang on the weights, None where nothing is trained or counted. `mask_w` [W] is added
+        to the logits.
         """
-        choice = Choice(self.rule, self.window, bias_p, chosen_tk, auxiliary)
+        choice = Choice(self.rule, self.window, bias_p, chosen_tk, auxiliary, mask_w)
         if self.kind == "universal":
             return self._universal(x_td, state_tr, shared, choice)
         if self.kind == "recurrent":
@@ -143,7 +145,7 @@ def _gru(x_tr: Tensor, state_tr: Tensor | None, w_ih: Tensor, w_hh: Tensor) -> T
 
 
 @functools.cache
-def _norm_constant(window: int, top_k: int) -> float:
+def norm_constant(window: int, top_k: int) -> float:
     """1 / E[sum of the top k of relu(g / |g|)], g ~ N(0, I_window), by 4096 draws: weights sum to about 1 at first.
 
     The inverse of the mean, not the mean of the inverse: for a small window all of g can be negative.

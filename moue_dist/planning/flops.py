@@ -3,7 +3,7 @@
 A multiply-add is 2 FLOPs; backward costs twice the forward, so a training step is 3 x forward. Only what the model
 asks for is counted: no recompute, no padding, no elementwise work, half of the attention matrix (causal).
 
-Legend: d hidden, h heads, g key-value heads, c = d/h head width, s sequence, V vocabulary, F dense FFN width,
+Legend: d hidden, h heads, g key-value heads, c head width, s sequence, V vocabulary, F dense FFN width,
 P pool, k top-k, f expert width, e shared-expert width, W window, r state width. Forward, per token:
 
     attention projections   2 d (h + 2g) c + 2 h c d        every layer
@@ -70,7 +70,7 @@ class Parameters:
 def flops_per_token(config: Config) -> Flops:
     """Training FLOPs per token; the formula stands at the top of this file."""
     m, e = config.model, config.moe
-    width, groups = m.hidden_size // m.heads, m.kv_heads or m.heads
+    width, groups = m.head_width, m.groups
     attention = 2 * m.hidden_size * (2 * m.heads + 2 * groups) * width + 2 * m.sequence_length * m.heads * width
     state, window = e.state_width, config.topology().window
     router = {
@@ -120,7 +120,7 @@ class LayerParameters:
     def of(cls, config: Config) -> LayerParameters:
         m, e = config.model, config.moe
         d = m.hidden_size
-        width, groups = d // m.heads, m.kv_heads or m.heads
+        width, groups = m.head_width, m.groups
         window = config.topology().window
         routers = {
             "norm": window * d + 1,
@@ -128,13 +128,19 @@ class LayerParameters:
             "recurrent": e.state_width * d + window * e.state_width,
         }
         return cls(
-            attention=(m.heads + 2 * groups) * width * d + d * m.heads * width + (2 * width if m.qk_norm else 0),
+            attention=(m.heads + 2 * groups) * width * d + d * m.heads * width + qk_norm_weights(config),
             norms=2 * d,
             dense_ffn=3 * d * dense_ffn_width(config),
             shared_expert=3 * d * e.shared_expert_width,
             router=routers.get(e.router, window * d),
             expert=3 * d * e.expert_width,
         )
+
+
+def qk_norm_weights(config: Config) -> int:
+    """Weights of a layer's norms of queries and keys."""
+    m = config.model
+    return {"none": 0, "head": 2 * m.head_width, "all": (m.heads + m.groups) * m.head_width}[m.qk_norm]
 
 
 def shared_router_parameters(config: Config) -> int:

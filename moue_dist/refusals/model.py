@@ -7,12 +7,13 @@ from moue_dist.config import Config, refuse
 
 def check_model(config: Config) -> None:
     m, tp = config.model, config.parallel.tensor_parallel
-    groups = m.kv_heads or m.heads
+    groups = m.groups
     refuse(
-        m.hidden_size % m.heads != 0 or m.hidden_size // m.heads % 2 != 0,
+        m.head_dim == 0 and (m.hidden_size % m.heads != 0 or m.hidden_size // m.heads % 2 != 0),
         f"model.hidden_size={m.hidden_size} over model.heads={m.heads} must give an even whole head width (RoPE turns "
-        f"pairs); change one",
+        f"pairs); change one, or set model.head_dim",
     )
+    refuse(m.head_dim % 2 != 0, f"model.head_dim={m.head_dim} must be even (RoPE turns pairs)")
     refuse(m.rope_base != int(m.rope_base), f"model.rope_base={m.rope_base} must be a whole number")
     refuse(m.heads % groups != 0, f"model.kv_heads={m.kv_heads} does not divide model.heads={m.heads}; use a divisor")
     refuse(

@@ -17,6 +17,7 @@ def check_moe(config: Config) -> None:
         e.group != 1 and e.topology in ("private", "full"),
         f"moe.group={e.group} is only for moe.topology=block or rotational, not {e.topology}; remove it or set 1",
     )
+    _check_mask(config)
     topology = config.topology()
     unseen = topology.exposure.count(0)
     refuse(
@@ -51,4 +52,22 @@ def check_moe(config: Config) -> None:
         e.force_balance and any((b.uelb, b.pool, b.layer, b.bias)),
         "moe.force_balance routes at random for benchmarks, so balance terms mean nothing; set balance.uelb, "
         "balance.pool, balance.layer and balance.bias to 0",
+    )
+
+
+def _check_mask(config: Config) -> None:
+    e, start, steps = config.moe, config.moe.mask_start, config.moe.mask_steps
+    refuse(start > 0, f"moe.mask_start={start:g} would push tokens to hidden experts; use a number below 0")
+    refuse(
+        (start < 0) != (steps > 0),
+        f"moe.mask_start={start:g} and moe.mask_steps={steps} go together: set both, such as -16 and 1000, or neither",
+    )
+    refuse(
+        steps > 0 and not config.train.start_from,
+        f"moe.mask_steps={steps} hides the experts that a converted model names, so it needs train.start_from; set 0",
+    )
+    refuse(
+        steps > 0 and e.router not in ("softmax", "sigmoid"),
+        f"moe.mask_steps={steps} is proven only with moe.router=softmax or sigmoid, not {e.router}; set it and "
+        "moe.mask_start to 0",
     )

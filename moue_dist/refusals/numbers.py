@@ -11,10 +11,12 @@ from moue_dist.config import Config, refuse
 _LEAST: dict[str, tuple[float, bool]] = {
     **{f"model.{k}": (1, False) for k in ("layers", "hidden_size", "heads", "sequence_length")},
     **{f"model.{k}": (0, False) for k in ("kv_heads", "ffn_hidden_size", "dense_layers", "init_std")},
+    **{f"model.{k}": (0, False) for k in ("head_dim", "clip_qkv")},
     **{f"model.{k}": (0, True) for k in ("rope_base", "norm_eps")},
     "model.vocab_size": (256, False),
     **{f"moe.{k}": (1, False) for k in ("pool", "top_k", "expert_width", "group", "state_width")},
     **{f"moe.{k}": (0, False) for k in ("window", "stride", "state_decay", "shared_expert_width", "merge_wgrad")},
+    "moe.mask_steps": (0, False),
     "moe.route_scale": (0, True),
     "moe.headroom": (1, False),
     **{f"balance.{k}": (0, False) for k in ("uelb", "pool", "layer", "bias", "z_loss")},

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moue_dist.checkpoint import store
-from moue_dist.checkpoint.description import Position, newest
+from moue_dist.checkpoint.description import Position, newest, start_of
+from moue_dist.checkpoint.start import start
 from moue_dist.config.devices import rank_word
 from moue_dist.data.batches import Batches
 from moue_dist.data.corpus import data_folder, prepare_corpus
@@ -249,6 +250,11 @@ def _open_data(system: System, run_dir: Path) -> Batches:
 def _resume(system: System, run_dir: Path) -> Position:
     path = newest(run_dir / "checkpoints")
     if path is None:
+        begun = start_of(system.config, run_dir)
+        if begun is not None:
+            start(system, begun)
+            if system.rank == 0:
+                print(f"starting from the weights of {begun}", flush=True)
         return Position(0, 0)
     done = store.load(system, path)
     if system.rank == 0:

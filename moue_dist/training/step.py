@@ -40,6 +40,7 @@ class StepResult:
 def train_step(system: System, microbatches: Sequence[Batch], step: int, timeline: Timeline = OFF) -> StepResult:
     """One optimizer step (0-based `step`) over this rank's microbatches of the global batch."""
     context, shared = system.context, system.shared
+    context.mask.at_step(step)
     losses = _gradients(system, microbatches, timeline)
     with timeline.span("optimizer"):
         context.pool.sums.flush()

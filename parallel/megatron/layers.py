@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from moue_dist.config import Config
 from moue_dist.parallel.device import this_device
 from moue_dist.parallel.megatron import state_packing
+from moue_dist.parallel.megatron.attention import AllKeysNorm, AllQueriesNorm, ClippedAttention
 from moue_dist.parallel.mesh import Mesh
 
 STATEFUL_ROUTERS = ("universal", "recurrent")
@@ -82,11 +83,13 @@ def block_spec(
         dense = layer < config.model.dense_layers
         if fused:
             spec = get_gpt_layer_with_transformer_engine_spec(
-                num_experts=None if dense else config.moe.pool, qk_layernorm=config.model.qk_norm
+                num_experts=None if dense else config.moe.pool, qk_layernorm=config.model.qk_norm != "none"
             )
         else:
-            spec = get_gpt_layer_local_spec(qk_layernorm=config.model.qk_norm, normalization="RMSNorm")
-            use_local_norms(spec, config.model.qk_norm)
+            qk_norm = config.model.qk_norm != "none"
+            spec = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+            use_local_norms(spec, qk_norm)
+        _use_own_attention(config, spec)
         spec.module = StatefulLayer
         if not dense:
             params = {"run": config, "device": device, "shared_mlp": _plain_mlp(fused)}
@@ -101,6 +104,15 @@ def use_local_norms(spec: ModuleSpec, qk_norm: bool) -> None:
     if qk_norm:
         attention = spec.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
+
+
+def _use_own_attention(config: Config, spec: ModuleSpec) -> None:
+    """What megatron-core's attention does not have: a norm over all heads, clipping."""
+    attention, m = spec.submodules.self_attention, config.model
+    if m.qk_norm == "all":
+        attention.submodules.q_layernorm, attention.submodules.k_layernorm = AllQueriesNorm, AllKeysNorm
+    if m.clip_qkv:
+        attention.module, attention.params = ClippedAttention, {**attention.params, "clip": m.clip_qkv}
 
 
 def _te_norm() -> Any:

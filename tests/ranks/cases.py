@@ -58,7 +58,19 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         "moe": {**RING, "router": "universal"},
         "balance": {"uelb": 0.05},
     },
-    "tied head": {"model": {"tied_head": True, "qk_norm": False}, "moe": {**BLOCK, "router": "recurrent"}},
+    "olmoe": {"model": {"qk_norm": "all", "clip_qkv": 0.9}, "balance": {"layer": 0.05}},
+    "qwen3": {"model": {"head_dim": 12}, "moe": {"topology": "full", "renormalise": True}, "balance": {"uelb": 0.05}},
+    "converted": {  # a mask that goes to 0 in the middle of the run
+        "moe": {**RING, "mask_start": -6.0, "mask_steps": 4},
+        "balance": {"uelb": 0.05, "z_loss": 0.01},
+        "train": {"start_from": "elsewhere"},
+    },
+    "converted, sigmoid": {
+        "moe": {**RING, "router": "sigmoid", "mask_start": -4.0, "mask_steps": 8},
+        "balance": {"pool": 0.05, "bias": 0.01},
+        "train": {"start_from": "elsewhere"},
+    },
+    "tied head": {"model": {"tied_head": True, "qk_norm": "none"}, "moe": {**BLOCK, "router": "recurrent"}},
 }
 PAIRS = {
     "norm": ("private", "block", "rotational"),
@@ -120,7 +132,7 @@ class Case:
                 recompute=next((w for w in ("full", "selective") if w in words), "none"),  # type: ignore[arg-type]
                 distributed_optimizer="plain" not in words,
             ),
-            train=replace(BASE.train, micro_batch_size=self.degree("mb")),
+            train=replace(BASE.train, micro_batch_size=self.degree("mb"), **parts.get("train", {})),
         )
 
     @property

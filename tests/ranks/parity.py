@@ -78,6 +78,13 @@ def documents_of(rows: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(rows[:, :1]), (rows[:, :-1] % 4 == 0).cumsum(1)], 1)
 
 
+def hidden(config: Config) -> Tensor:
+    """[L, W]: what a converted model hides, all experts but a layer's own; zeros where there is no mask."""
+    windows, own = config.topology().windows, config.moe.pool // max(config.moe_layers, 1)
+    hides = [[float(e // own != layer) for e in window] for layer, window in enumerate(windows)]
+    return torch.tensor(hides).view(len(windows), -1) * (config.moe.mask_steps > 0)
+
+
 # Inside the ranks.
 
 
@@ -98,12 +105,14 @@ def build(config: Config, experts: str = "") -> Any:
 @torch.no_grad()
 def liven(system: Any) -> None:
     """Norms and the state's transition start at 1 and 0, which hides errors: move them, by name, in every layout."""
-    from moue_dist.model.init import draw, global_names
+    from moue_dist.model.init import draw, full_shape, global_names, take_shard
 
+    tp, size = system.coord.tp, system.mesh.tensor
     for stage, chunk in zip(system.my_stages, system.chunk_modules(), strict=True):
         for name, p in global_names(chunk, system.layout[stage]):
             if p.dim() == 1:
-                p.add_(draw(name, tuple(p.shape), 0.2, 1, p.device))
+                p.add_(take_shard(name, draw(name, full_shape(p, size), 0.2, 1, p.device), p, tp, size))
+    system.context.mask.hide(hidden(system.config), 0)
     for name, p in system.context.shared_router.named_parameters():
         if name == "transition":
             p.add_(draw(name, tuple(p.shape), 0.3, 1, p.device))
@@ -128,18 +137,20 @@ def train(
     stop: int = 5,
     kill: tuple[int, ...] = (),
     load: Path | None = None,
+    begin: Path | None = None,
     save: Path | None = None,
     check_every: int = 0,
     experts: str = "",
 ) -> Trained:
     """Build the layout, train steps `start` to `stop` of a run of `train.steps` steps, return losses and weights.
 
-    `load` and `save` are checkpoint folders; `kill` are experts that the loss-free bias hides from the router;
-    `check_every` is the interval in steps of the replicas' bit-equality check, which also ends the run; `experts` as in
-    `build`.
+    `load` and `save` are checkpoint folders, `begin` one whose weights alone are taken; `kill` are experts that the
+    loss-free bias hides from the router; `check_every` is the interval in steps of the replicas' bit-equality check,
+    which also ends the run; `experts` as in `build`.
     """
     from moue_dist.checkpoint import store
-    from moue_dist.checkpoint.description import Position, newest
+    from moue_dist.checkpoint.description import Position, find, newest
+    from moue_dist.checkpoint.start import start as start_with
     from moue_dist.parallel.megatron import adapter as megatron
     from moue_dist.parallel.pool.synced import check_replicas
     from moue_dist.training.step import train_step
@@ -150,7 +161,10 @@ def train(
         if load is not None:
             path = newest(load)
             assert path is not None
+            system.context.mask.hide(torch.zeros_like(system.context.mask.hidden_lw), 0)
             assert store.load(system, path).step == start
+        if begin is not None:
+            start_with(system, find(begin))
         initial, tokens, results = collect(system), tokens_of(config, config.train.steps, seed), []
         for i in range(start, stop):
             mine = microbatches(config, tokens[i], system.coord.dp, system.mesh.data)
@@ -279,6 +293,7 @@ def run_reference(config: Config, initial: dict[str, Tensor], kill: Iterable[int
         model, record = Watched(alone), []
         model.load(initial)
         model.bias_p[list(kill)] = -1e9
+        model.hidden_lw = hidden(config)
         batches = [
             [[(b["tokens"], b["labels"], documents_of(tokens)) for b in microbatches(alone, tokens, 0, 1)]]
             for tokens in tokens_of(alone, steps, seed)

@@ -94,7 +94,7 @@ def _their_model(config: Config) -> Any:
         ffn_hidden_size=4 * m.hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=m.norm_eps,
-        qk_layernorm=m.qk_norm,
+        qk_layernorm=m.qk_norm != "none",
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,

@@ -71,6 +71,9 @@ CASES = [
     ("pp4 home m9 overlap merge2", "moue"),
     ("pp4 home m1 1-2-1-1", "five layers"),
     ("pp4 home m4 ep2 dp2", "moue"),
+    ("pp2 home m4 ep2 dp2 lag1", "converted"),
+    ("pp2 hybrid m5 full", "converted, sigmoid"),
+    ("pp2 home m2 ep2 tp2", "olmoe"),
 ]
 
 

@@ -30,6 +30,8 @@ SAME = [
     ("dp2 overlap plain", "qwen"),
     ("ep2 tp2 dp2", "moue"),
     ("", "deepseek"),
+    ("pp2 ep2 dp2", "converted"),
+    ("pp2 ep2 tp2", "olmoe"),
 ]
 # From, to, model.
 MOVED = [
@@ -46,6 +48,8 @@ MOVED = [
     ("pp2 plain", "plain", "moue"),
     ("tp2", "dp2", "moue"),
     ("pp2 2-3", "pp2 ep2 dp2 3-2", "five layers"),
+    ("tp2", "pp2 dp2", "olmoe"),
+    ("pp2", "ep2 dp2", "converted, sigmoid"),
 ]
 
 

@@ -39,7 +39,12 @@ def plain_form(config: Config) -> Config:
 
     Raises ConfigError where that is no whole number, or does not go with top_k and expert parallelism.
     """
-    e = config.moe
+    e, m = config.moe, config.model
+    if m.qk_norm == "all" or m.clip_qkv:
+        raise ConfigError(
+            "megatron-core's attention knows no norm over all heads and no clipping: set model.qk_norm=head and "
+            "model.clip_qkv=0, or leave --baseline out"
+        )
     router: Literal["sigmoid", "softmax"] = "sigmoid" if e.router == "sigmoid" else "softmax"
     moe = replace(e, topology="private", window=0, stride=0, group=1, router=router)
     plain = replace(config, moe=moe, parallel=replace(config.parallel, placement="replicate"))
@@ -172,7 +177,7 @@ class Baseline:
             if not te:
                 spec.layer_norm = megatron_layers.LocalRMSNorm
                 for layer in spec.layer_specs:
-                    megatron_layers.use_local_norms(layer, m.qk_norm)
+                    megatron_layers.use_local_norms(layer, m.qk_norm != "none")
             chunk = GPTModel(
                 self.tconfig,
                 spec,

@@ -8,7 +8,7 @@ q bytes that a Transformer Engine linear keeps of an input number (1 in FP8, els
 Kept for backward by one layer and microbatch:
 
     attention   u d (b + q)              block input, normed input of the QKV projection
-                t (h+g) c b / TP         q and k before their norms (qk_norm only)
+                t (h+g) c b / TP         q and k before their norms (unless qk_norm=none)
                 t (h+2g) c b / TP        q and k after RoPE, v
                 t h c b / TP  (+ q - b)  attention output; FP8 keeps its own copy for the output projection
                 4 t h / TP               log-sum-exp, or 2 h t s b / TP scores without Transformer Engine;
@@ -58,10 +58,10 @@ def layer_activations(config: Config, mesh: Mesh, layer: int, share: Share, reso
     b = number_bytes(config)
     q = 1 if config.train.precision == "fp8" else b
     t = tokens_of(config)
-    u, d, c, g = t // tp, m.hidden_size, m.hidden_size // m.heads, m.kv_heads or m.heads
+    u, d, c, g = t // tp, m.hidden_size, m.head_width, m.groups
     kept = u * d * (b + q)
     kept += u * (m.heads + 2 * g) * c * b + u * m.heads * c * (b + (q if q < b else 0))
-    kept += u * (m.heads + g) * c * b if m.qk_norm else 0
+    kept += u * (m.heads + g) * c * b if m.qk_norm != "none" else 0
     if config.parallel.recompute != "selective":
         kept += u * m.heads * (4 if resolved.transformer_engine else 2 * m.sequence_length * b)
     if layer < m.dense_layers:

@@ -14,7 +14,7 @@ from moue_dist.parallel.placement.costs import cell_bytes
 from moue_dist.parallel.placement.of_config import expert_bytes
 from moue_dist.parallel.placement.placement import Placement
 from moue_dist.parallel.pool.host_limits import adam_bytes
-from moue_dist.planning.flops import LayerParameters, shared_router_parameters
+from moue_dist.planning.flops import LayerParameters, qk_norm_weights, shared_router_parameters
 from moue_dist.planning.memory.sizes import Share, number_bytes
 from moue_dist.refusals.machine import Resolved
 
@@ -47,10 +47,11 @@ def dense_parameters(config: Config, mesh: Mesh, share: Share) -> int:
     """Parameters of one rank outside of the pool and of what all layers' routers share."""
     m, tp = config.model, mesh.tensor
     layer = LayerParameters.of(config)
-    norms_qk = 2 * (m.hidden_size // m.heads) if m.qk_norm else 0
+    norms_qk = qk_norm_weights(config)
+    whole = norms_qk if m.qk_norm == "head" else norms_qk // tp  # on every tensor-parallel rank
     total = 0
     for index in share.layers:
-        total += (layer.attention - norms_qk) // tp + norms_qk + layer.norms
+        total += (layer.attention - norms_qk) // tp + whole + layer.norms
         dense = index < m.dense_layers
         total += layer.dense_ffn // tp if dense else layer.shared_expert // tp + layer.router
     table = m.vocab_size * m.hidden_size // tp

@@ -61,7 +61,7 @@ def test_base_is_extended_not_replaced(tmp_path: Path) -> None:
         ("model: {layers: true}", "model.layers: expected a whole number, not True (bool)"),
         ("model: {layers: 3.5}", "model.layers: expected a whole number, not 3.5 (float)"),
         ("model: {layers: '3'}", "model.layers: expected a whole number, not '3' (str)"),
-        ("model: {qk_norm: 1}", "model.qk_norm: expected true or false, not 1 (int)"),
+        ("model: {tied_head: 1}", "model.tied_head: expected true or false, not 1 (int)"),
         ("optim: {lr: true}", "optim.lr: expected a number, not True (bool)"),
         ("optim: {lr: 1:30}", "optim.lr: expected a number, not '1:30' (str)"),
         ("optim: {lr: }", "optim.lr: expected a number, not nothing"),
@@ -138,10 +138,36 @@ def test_overrides_are_typed(spelling: str) -> None:
     assert config.parallel.stage_layers == (3, 1)
 
 
-@pytest.mark.parametrize("words", [["--model.qk-norm", "false"], ["--model.no-qk-norm"], ["--model.qk-norm=False"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--train.record-slots", "false"],
+        ["--train.no-record-slots"],
+        ["--train.record-slots=False"],
+    ],
+)
 def test_switches_take_a_value_or_a_no(words: list[str]) -> None:
-    assert load_config(None, words).model.qk_norm is False
+    assert load_config(None, words).train.record_slots is False
     assert load_config(None, ["--parallel.overlap-grad-reduce"]).parallel.overlap_grad_reduce is True
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["--model.qk-norm", "false"], "none"),
+        (["--model.no-qk-norm"], "none"),
+        (["--model.qk-norm=True"], "head"),
+        (["--model.qk-norm"], "head"),
+        (["--model.qk-norm", "all"], "all"),
+        ([], "head"),
+    ],
+)
+def test_a_switch_that_became_a_choice_is_still_read(words: list[str], kind: str, tmp_path: Path) -> None:
+    assert load_config(None, words).model.qk_norm == kind
+    for value in {"true": "head", "false": "none", "all": "all"}.items():
+        path = tmp_path / "c.yaml"
+        path.write_text(f"model: {{qk_norm: {value[0]}}}")
+        assert load_config(path).model.qk_norm == value[1]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +179,7 @@ def test_switches_take_a_value_or_a_no(words: list[str]) -> None:
         (["--name", "a", "--train.steps", "1.5"], "--train.steps: expected a whole number, not 1.5"),
         (["--train.steps"], "--train.steps: expected a whole number, not nothing"),
         (["--optim.lr", "fast"], "--optim.lr: expected a number, not fast"),
-        (["--model.qk-norm", "maybe"], "--model.qk-norm: expected true or false, not maybe"),
+        (["--model.tied-head", "maybe"], "--model.tied-head: expected true or false, not maybe"),
         (["--moe.router", "univ"], "--moe.router: expected one of softmax, sigmoid, norm, universal, recurrent"),
         (["--parallel.stage-layers", "2", "b"], "--parallel.stage-layers: expected whole numbers, such as 2 2, not"),
         (["--data.split", "95", "b"], "--data.split: expected numbers, such as 95 5, not 95 b"),
@@ -210,6 +236,15 @@ ROTATION = "--moe.topology rotational --moe.window 16 --moe.stride 8"
         ("--name a/b", ("name='a/b'", "output")),
         ("--model.heads 3", ("model.hidden_size=128", "model.heads=3")),
         ("--model.rope-base 1.5", ("model.rope_base=1.5",)),
+        ("--model.head-dim 7", ("model.head_dim=7", "even")),
+        ("--moe.mask-start 3 --moe.mask-steps 5", ("moe.mask_start=3", "below 0")),
+        ("--moe.mask-start -16", ("moe.mask_start=-16 and moe.mask_steps=0", "set both")),
+        ("--moe.mask-steps 5", ("moe.mask_start=0 and moe.mask_steps=5", "set both")),
+        ("--moe.mask-start -16 --moe.mask-steps 5", ("moe.mask_steps=5", "train.start_from")),
+        (
+            "--moe.mask-start -16 --moe.mask-steps 5 --train.start-from x --moe.router norm",
+            ("moe.mask_steps=5", "moe.router=softmax or sigmoid, not norm"),
+        ),
         ("--model.kv-heads 3", ("model.kv_heads=3", "model.heads=4")),
         ("--model.dense-layers 4", ("model.dense_layers=4", "model.layers=4")),
         ("--moe.pool 30", ("moe.pool=30 is not divisible by 4",)),

@@ -39,6 +39,10 @@ def test_the_reference_is_the_formulas(name, bias):
     # without a loss the gradient is that of the weights alone; given columns need not be the best
     judge(case(RULES[name], 37, 12, bias=bias, loss=False), "torch")
     judge_given(of, "torch")
+    masked = case(RULES[name], 37, 12, bias=bias, mask=True)
+    judge(masked, "torch")
+    without = exact(masked.logits_tw, masked.choice._replace(mask_w=None), masked.dweights_tk)
+    assert not torch.equal(without.columns_tk, exact(masked.logits_tw, masked.choice, masked.dweights_tk).columns_tk)
 
 
 def judge(of: Case, impl: str) -> None:
@@ -95,6 +99,7 @@ def interpret() -> None:
         for bias in (False, True):
             judge(case(rule, 37, 48, bias=bias), "triton")
         judge(case(rule, 37, 48, loss=False), "triton")
+        judge(case(rule, 37, 48, mask=True), "triton")
         judge_given(case(rule, 37, 48, bias=True), "triton")
         print(name)
     # 16 and 4 all of the window; 96 and 1000 no powers of two; 1024 a tile of one row; 2048 of several warps
@@ -132,7 +137,7 @@ def whole_router() -> None:
 
     torch.manual_seed(0)
     for kind in ("softmax", "sigmoid", "norm"):
-        of = case(Rule(kind, 3, scale=2.0), 37, 48)  # type: ignore[arg-type]
+        of = case(Rule(kind, 3, scale=2.0), 37, 48, mask=kind != "norm")  # type: ignore[arg-type]
         x, weight = torch.randn(37, 64).bfloat16().requires_grad_(), torch.randn(48, 64).bfloat16().requires_grad_()
         found = fused.route(x, weight, of.choice)
         found.weights_tk.backward(of.dweights_tk)

@@ -47,7 +47,7 @@ ATTENTION = replace(MODEL, layers=2, dense_layers=2, norm_eps=1e-4, rope_base=50
 MOE = replace(POOL, topology="private", pool=9, top_k=2)
 CASES: dict[str, Config] = {
     "grouped queries, qk norm": Config(model=ATTENTION, moe=MOE),
-    "full heads, no qk norm, wide": Config(model=replace(ATTENTION, kv_heads=0, qk_norm=False, ffn_hidden_size=40)),
+    "full heads, no qk norm, wide": Config(model=replace(ATTENTION, kv_heads=0, qk_norm="none", ffn_hidden_size=40)),
     "one kv head, tied head": Config(model=replace(ATTENTION, kv_heads=1, tied_head=True), moe=MOE),
     "softmax over all": Config(model=MODEL, moe=MOE),
     "softmax over chosen, scaled": Config(model=MODEL, moe=replace(MOE, score="topk_softmax", route_scale=1.7)),
@@ -145,7 +145,7 @@ def megatron_model(config: Config) -> Any:
         ffn_hidden_size=m.ffn_hidden_size or 4 * m.hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=m.norm_eps,
-        qk_layernorm=m.qk_norm,
+        qk_layernorm=m.qk_norm != "none",
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,

@@ -99,6 +99,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "norm, shared expert": ("--moe.router", "norm", "--model.qk-norm", "false", "--moe.shared-expert-width", "64"),
     "dense first": ("--model.dense-layers", "1", "--model.ffn-hidden-size", "96", "--model.kv-heads", "0"),
     "softmax": ("--moe.router", "softmax"),
+    "wide heads, norm over all": ("--model.head-dim", "48", "--model.qk-norm", "all"),
+    "wide heads": ("--model.head-dim", "48"),
 }
 
 

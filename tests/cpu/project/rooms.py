@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 TOP = ("launchers", "moue_dist", "parallel", "kernels")  # each imports only from itself and from later ones
 ROOMS = (  # of moue_dist: each imports only from itself and from earlier ones
     *("config", "measuring", "refusals", "planning", "model", "data"),
-    *("checkpoint", "training", "report", "bench", "cli"),
+    *("checkpoint", "interchange", "training", "report", "bench", "cli"),
 )
 FREE = "moue_dist.config"  # plain data, for all
 ENTRY = ("moue_dist/cli/", "moue_dist/__main__.py")  # what alone may pick a launcher

@@ -189,10 +189,8 @@ def _moue_fault(words: list[str]) -> str | None:
             if words[:1] == ["report"]:
                 build_parser().parse_args(words[1:] or ["runs/some"])
                 return None
-            if words in (["data"], ["data", "prepare"], ["data", "inspect"]):
-                words = ["data", "inspect", "data/mine"]
-            elif all(word.isalpha() for word in words):  # the command's name alone
-                words = [*words, *(["step"] if words == ["bench"] else []), "configs/tiny.yaml"]
+            if all(word.isalpha() for word in words):  # the command's name alone
+                words = [*words, "--help"]  # which ends in 0 for a command that there is
             known, overrides = _parser().parse_known_args(words)
     except SystemExit as stop:
         return (said.getvalue().strip().splitlines() or [""])[-1] if stop.code else None

@@ -1,0 +1,1 @@
+"""Models of other projects: in (`incoming/`) and out (`outgoing/`), and the names that both share."""

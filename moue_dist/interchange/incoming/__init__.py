@@ -1,0 +1,1 @@
+"""Models in: a Hugging Face folder becomes a checkpoint of ours and a configuration."""
