@@ -71,8 +71,8 @@ def _letters() -> dict[int, str]:
 
 
 def of_run(config: Config) -> Vocabulary:
-    """What made the run's tokens: what data.tokenizer names, or what is noted beside the first files of its blend; bytes
-    where it reads text itself. Raises ConfigError where nobody says.
+    """What made the run's tokens: what data.tokenizer names, or what is noted beside the first files of its blend;
+    bytes where it reads text itself. Raises ConfigError where nobody says.
     """
     if not config.data.blend:
         return of_bytes()
