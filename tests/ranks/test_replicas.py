@@ -41,9 +41,9 @@ def first_gradients(config: Config, seed: int) -> Gradients:
 class Untied(Reference):
     """A copy of the pool for every layer: `copies[l]` gets the gradient of layer l's uses alone."""
 
-    def forward(self, tokens_bs: Tensor):  # type: ignore[no-untyped-def]
+    def forward(self, tokens_bs: Tensor, documents_bs: Tensor | None = None):  # type: ignore[no-untyped-def]
         self.__dict__["copies"] = []
-        return super().forward(tokens_bs)
+        return super().forward(tokens_bs, documents_bs)
 
     def experts(self, x_td: Tensor, weight_tp: Tensor) -> Tensor:
         tied = self.weights["pool.weight"]
